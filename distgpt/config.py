@@ -1,0 +1,522 @@
+"""What a run is: its keys, their checks, and the batch arithmetic. Imports no torch.
+
+`python -m distgpt.config CONFIG [key=value ...]` prints the resolved config and the batch equation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from distgpt.errors import ConfigError, run_command
+
+Text = Annotated[str, Strict(), Field(min_length=1, max_length=4096)]
+Size = Annotated[int, Strict(), Field(ge=1, le=2**20)]
+Steps = Annotated[int, Strict(), Field(ge=1, le=10**9)]
+Rate = Annotated[float, Strict(), Field(ge=0, le=10)]
+Fraction = Annotated[float, Strict(), Field(ge=0, lt=1)]
+
+section = dataclass(
+    frozen=True,
+    kw_only=True,
+    config=ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True),
+)
+
+
+@section
+class ModelConfig:
+    """The decoder's sizes, and what follows from them in closed form."""
+
+    n_embd: Annotated[int, Strict(), Field(ge=1, le=2**16)]
+    """Width: numbers a token is represented by."""
+    n_head: Annotated[int, Strict(), Field(ge=1, le=2**12)]
+    """Attention heads in a layer; divides n_embd."""
+    n_positions: Size
+    """Longest sequence the model can read, in tokens."""
+    n_layer: Annotated[int, Strict(), Field(ge=1, le=2**12)]
+    """Decoder layers."""
+
+    def parameters(self, n_vocab: int) -> int:
+        """Trainable numbers: tied token embedding, positions, 12 d^2 + 13 d a layer, the last norm."""
+        d = self.n_embd
+        return (n_vocab + self.n_positions) * d + self.n_layer * (12 * d * d + 13 * d) + 2 * d
+
+    def flops_per_token(self, n_vocab: int, seq_len: int) -> int:
+        """Floating-point operations of training on one token, forward and backward.
+
+        6 x matmul weights (the tied head counts, the embedding look-up does not) + 12 n_layer n_embd seq_len for
+        attention, without a discount for causality (Chowdhery et al. 2022, PaLM, appendix B).
+        """
+        matmul_weights = self.n_layer * 12 * self.n_embd**2 + n_vocab * self.n_embd
+        return 6 * matmul_weights + 12 * self.n_layer * self.n_embd * seq_len
+
+
+@section
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019)."""
+
+    beta1: Fraction = 0.9
+    """Decay of the gradient's running mean."""
+    beta2: Fraction = 0.95
+    """Decay of the squared gradient's running mean."""
+    eps: Annotated[float, Strict(), Field(gt=0, le=1)] = 1e-8
+    """Added to the root of the squared mean before dividing by it."""
+    weight_decay: Rate = 0.1
+    """Decoupled weight decay, on matrices and embeddings only."""
+    grad_clip: Annotated[float, Strict(), Field(gt=0)] = 1.0
+    """Largest global gradient norm; larger gradients are scaled down to it."""
+
+
+@section
+class EvalConfig:
+    """Validation during training; the run's last step is always followed by one over all validation tokens."""
+
+    every: Steps = 500
+    """Steps between validations."""
+    max_tokens: Annotated[int, Strict(), Field(ge=1)] = 2**17
+    """Most validation tokens scored each time during training."""
+
+
+@section
+class CheckpointConfig:
+    """Checkpoints, from which the same command goes on."""
+
+    every: Steps = 250
+    """Steps between checkpoints; the last step is always saved."""
+    keep: Annotated[int, Strict(), Field(ge=1, le=10**6)] = 2
+    """Newest checkpoints kept; older ones are deleted."""
+
+
+@section
+class Config:
+    """One run. With the tokens and the seed it determines what is computed; the number of ranks does not."""
+
+    output_dir: Text
+    """Folder for everything the run writes."""
+    tokenizer_encoding: Text = "gpt2"
+    """A tiktoken encoding's name, `bytes`, or the path of a .tiktoken rank file."""
+    model_config: ModelConfig
+    """The decoder's sizes."""
+    p_dropout: Fraction = 0.0
+    """Probability of dropping an activation in training."""
+    data: Text | None = None
+    """.npz file of integer arrays `train` and `val`; null: data/tokens.npz or, without it, the sample corpus."""
+    seed: Annotated[int, Strict(), Field(ge=0, lt=2**63)] = 0
+    """Fixes the initial weights, the order of the data, and dropout."""
+    device: Annotated[str, Strict(), Field(pattern=r"^(auto|cpu|cuda(:\d{1,4})?|mps)$")] = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:N or mps."""
+    batch_size: Size
+    """Most sequences one rank feeds through the model at a time: memory, never the result."""
+    seq_len: Size
+    """Tokens in a training sequence; at most n_positions."""
+    grad_accumulation_steps: Size = 1
+    """Batches added up for one update on one device; with batch_size it gives global_batch_size."""
+    global_batch_size: Annotated[int, Strict(), Field(ge=1, le=2**30)] | None = None
+    """Sequences per update over all ranks; null: batch_size x grad_accumulation_steps."""
+    num_warmup_steps: Annotated[int, Strict(), Field(ge=0, le=10**9)]
+    """Steps in which the learning rate rises linearly from 0 to max_lr."""
+    num_training_steps: Steps
+    """Updates in the whole run; the learning rate reaches min_lr at the last."""
+    min_lr: Rate
+    """Learning rate at the end."""
+    max_lr: Rate
+    """Learning rate after the warm-up."""
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    """AdamW's settings."""
+    precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
+    """Matmul precision; auto: bf16 where the hardware multiplies it natively, else fp32 (strict)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto: for runs long enough to win back the compilation, where a compiler is found."""
+    log_every: Steps = 10
+    """Steps between lines of the log and of metrics.jsonl."""
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    """Validation."""
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Weights & Biases; auto: online if you are logged in, else disabled."""
+
+    @property
+    def sequences_per_step(self) -> int:
+        """G of the design: sequences per update, whatever the number of ranks."""
+        return self.global_batch_size or self.batch_size * self.grad_accumulation_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """How the sequences of one update are shared: ranks x micro-steps x sequences, sizes differing by at most one."""
+
+    sequences: int
+    """Sequences per update over all ranks."""
+    batch_size: int
+    """Most sequences in one forward pass."""
+    ranks: int
+
+    @property
+    def micro_steps(self) -> int:
+        """Forward passes per update, the same on every rank."""
+        return math.ceil(self.sequences / (self.batch_size * self.ranks))
+
+    def micro_batches(self, rank: int) -> list[int]:
+        """Sequences in each micro-step of `rank`; a size may be 0."""
+        mine = len(range(rank, self.sequences, self.ranks))
+        return [len(range(i, mine, self.micro_steps)) for i in range(self.micro_steps)]
+
+    def equation(self, seq_len: int) -> str:
+        """The batch arithmetic in one line, for people."""
+        total = f"{self.sequences:,} sequences ({self.sequences * seq_len:,} tokens) per step"
+        sizes = sorted({size for rank in range(self.ranks) for size in self.micro_batches(rank)})
+        each = " or ".join(f"{size:,}" for size in sizes)
+        line = f"{total} = {count(self.ranks, 'rank')} x {each} sequences x {count(self.micro_steps, 'micro-step')}"
+        full = self.ranks * self.batch_size * self.micro_steps
+        if self.sequences * 2 <= full:
+            line += f" (ranks at most half full: global_batch_size={full} would fill them)"
+        return line
+
+
+def count(n: int, noun: str) -> str:
+    """`1 rank`, `4 ranks`."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+# Reading: YAML nodes keep their line numbers, so that each complaint can name its place.
+
+MAX_CONFIG_BYTES = 2**16
+INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+CONSTANTS = {"true": True, "True": True, "false": False, "False": False, "null": None, "~": None, "": None}
+YAML_1_1_BOOLEANS = {"yes", "no", "on", "off", "y", "n"}
+
+Key = tuple[str, ...]
+
+
+@dataclasses.dataclass
+class Source:
+    """Values as given, nested, with the place each came from; problems found so far."""
+
+    values: dict[str, Any]
+    places: dict[Key, str]
+    problems: list[str]
+    ambiguous: set[Key]
+    """Keys given as an unquoted yes, no, on or off: text here, but booleans to other YAML readers."""
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config, apply `key=value` overrides and check everything that needs no data and no device.
+
+    Raises ConfigError with one line a problem, all of them at once.
+    """
+    source = Source({}, {}, [], set())
+    root = compose(read_text(path), str(path))
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path}: got no `key: value` lines, expected a config such as configs/GPT-tiny.yaml")
+    source.values = convert(root, (), str(path), source)
+    for override in overrides:
+        apply_override(override, source)
+    config = validate(source, str(path))
+    if source.problems:
+        raise ConfigError("\n".join(source.problems))
+    assert config is not None
+    return config
+
+
+def read_text(path: str | Path) -> str:
+    """The file's text; refuses what cannot be a config (missing, a folder, too large, not UTF-8)."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: cannot read the config: {reason}; give the path of a YAML file") from None
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes, which no config is; give a YAML file")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); save the config as UTF-8") from None
+
+
+def compose(text: str, source_name: str) -> yaml.Node | None:
+    """YAML text as nodes. Aliases are refused: expanded, a few lines of them fill any memory."""
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                line = event.start_mark.line + 1
+                raise ConfigError(f"{source_name}:{line}: got an alias (*), which configs do not use; repeat the value")
+        node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+        return node
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{source_name}:{mark.line + 1}" if mark else source_name
+        raise ConfigError(f"{place}: not valid YAML: {error.problem}; expected `key: value` lines") from None
+    except yaml.reader.ReaderError as error:
+        raise ConfigError(
+            f"{source_name}: not valid YAML: character {error.character!r} at byte {error.position}; remove it"
+        ) from None
+    except RecursionError:
+        raise ConfigError(f"{source_name}: nested too deeply; expected `key: value` lines") from None
+
+
+def convert(node: yaml.Node, key: Key, source_name: str, source: Source) -> Any:
+    """A node's plain value. Only what YAML 1.1 and 1.2 read alike has a meaning; the rest stays text or is refused."""
+    place = source_name if source_name == COMMAND_LINE else f"{source_name}:{node.start_mark.line + 1}"
+    if key:
+        source.places[key] = place
+    if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
+        source.problems.append(f"{place}: {dotted(key)}: got the tag {node.tag!r}, expected a plain value; remove it")
+        return None
+    if isinstance(node, yaml.SequenceNode):
+        return [convert(child, key, source_name, source) for child in node.value]
+    if isinstance(node, yaml.MappingNode):
+        values: dict[str, Any] = {}
+        for name_node, child in node.value:
+            name = str(name_node.value)
+            if name in values:
+                first = source.places[*key, name]
+                line = name_node.start_mark.line + 1
+                source.problems.append(
+                    f"{source_name}:{line}: {dotted((*key, name))}: given twice (first at {first}); remove one"
+                )
+            else:
+                values[name] = convert(child, (*key, name), source_name, source)
+        return values
+    text = str(node.value)
+    if node.style in ("'", '"', "|", ">"):
+        return text
+    if text.lower() in YAML_1_1_BOOLEANS:
+        source.ambiguous.add(key)
+    if text in CONSTANTS:
+        return CONSTANTS[text]
+    if INTEGER.fullmatch(text):
+        return int(text) if len(text) < 40 else text
+    return float(text) if NUMBER.fullmatch(text) and not text.lstrip("+-").startswith("0" * 2) else text
+
+
+COMMAND_LINE = "command line"
+
+
+def apply_override(override: str, source: Source) -> None:
+    """Set one `key=value` (dots lead into sections) over the file's values."""
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        hint = f"; options start with --, as in --{name}" if name in ("fresh", "help", "debug") else ""
+        source.problems.append(f"{COMMAND_LINE}: got {override!r}, expected key=value, as in max_lr=1e-3{hint}")
+        return
+    key = tuple(name.split("."))
+    node = compose(text, COMMAND_LINE)
+    values = source.values
+    for part in key[:-1]:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            source.problems.append(f"{COMMAND_LINE}: {name}: {part} is a single value and has no keys")
+            return
+    value = None if node is None else convert(node, key, COMMAND_LINE, source)
+    source.places[key] = COMMAND_LINE
+    values[key[-1]] = value
+
+
+def dotted(key: Sequence[str | int]) -> str:
+    """`model_config.n_embd`."""
+    return ".".join(map(str, key)) or "config"
+
+
+def validate(source: Source, path: str) -> Config | None:
+    """Check types, ranges and how keys fit together; problems are added to `source`."""
+    described = {key: field for key, field in walk_keys()}
+    for key in sorted(source.ambiguous):
+        field = described.get(key)
+        if field is not None and field.kind == "text":
+            place = source.places[key]
+            source.problems.append(
+                f"{place}: {dotted(key)}: got an unquoted yes, no, on or off, which YAML versions read differently; "
+                "quote it, or write true or false"
+            )
+    try:
+        config = TypeAdapter(Config).validate_python(source.values)
+    except ValidationError as error:
+        source.problems.extend(explain(dict(detail), source, path, described) for detail in error.errors())
+        return None
+    source.problems.extend(conflicts(config, source, path))
+    return config
+
+
+def explain(detail: dict[str, Any], source: Source, path: str, described: Mapping[Key, KeyInfo]) -> str:
+    """One line for one of pydantic's findings."""
+    key: Key = tuple(str(part) for part in detail["loc"] if str(part) in {name for k in described for name in k}) or tuple(
+        map(str, detail["loc"])
+    )
+    place = source.places.get(key, path)
+    if detail["type"] == "unexpected_keyword_argument":
+        return f"{place}: {dotted(key)}: unknown key{suggestion(key, described)}"
+    info = described.get(key)
+    meaning = f" ({info.meaning})" if info else ""
+    if detail["type"] == "missing":
+        return f"{path}: {dotted(key)}: missing; add it{meaning}"
+    expected = detail["msg"].removeprefix("Input should be ").removeprefix("String should ")
+    if info is not None and info.allowed:
+        expected = info.allowed
+    return f"{place}: {dotted(key)}: got {shown(detail['input'])}, expected {expected}{meaning}"
+
+
+def shown(value: Any) -> str:
+    """A value as the user would recognise it, cut if long."""
+    text = {True: "true", False: "false", None: "nothing (null)"}.get(value) if not isinstance(value, (int, float, dict, list)) or isinstance(value, bool) else None
+    text = text or (f"{value!r} (text)" if isinstance(value, str) else str(value))
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def suggestion(key: Key, described: Mapping[Key, KeyInfo]) -> str:
+    """`; did you mean ...?` with the nearest known key, or where the list of keys is."""
+    by_name = {dotted(known): known for known in described}
+    near = difflib.get_close_matches(dotted(key), by_name, n=1, cutoff=0.75)
+    if not near:
+        last = {known[-1]: name for name, known in by_name.items()}
+        near = [last[match] for match in difflib.get_close_matches(key[-1], last, n=1, cutoff=0.75)]
+    return f"; did you mean {near[0]}?" if near else "; `python -m distgpt.train --help` lists all keys"
+
+
+def conflicts(config: Config, source: Source, path: str) -> Iterator[str]:
+    """Values that are legal alone and wrong together."""
+
+    def line(key: str, text: str) -> str:
+        return f"{source.places.get(tuple(key.split('.')), path)}: {key}: {text}"
+
+    model = config.model_config
+    if model.n_embd % model.n_head:
+        divisors = [n for n in range(1, model.n_embd + 1) if model.n_embd % n == 0]
+        nearest = min(divisors, key=lambda n: abs(n - model.n_head))
+        yield line(
+            "model_config.n_head",
+            f"got {model.n_head}, expected a divisor of model_config.n_embd = {model.n_embd}; {nearest} is the nearest",
+        )
+    if config.seq_len > model.n_positions:
+        yield line(
+            "seq_len",
+            f"got {config.seq_len}, but the model reads at most model_config.n_positions = {model.n_positions} "
+            "tokens; lower seq_len or raise n_positions",
+        )
+    if config.num_warmup_steps > config.num_training_steps:
+        yield line(
+            "num_warmup_steps",
+            f"got {config.num_warmup_steps}, expected at most num_training_steps = {config.num_training_steps}; "
+            "lower one or raise the other",
+        )
+    if config.min_lr > config.max_lr:
+        yield line(
+            "min_lr", f"got {config.min_lr:g}, expected at most max_lr = {config.max_lr:g}; lower one or raise the other"
+        )
+    implied = config.batch_size * config.grad_accumulation_steps
+    if config.grad_accumulation_steps > 1 and config.global_batch_size not in (None, implied):
+        yield line(
+            "global_batch_size",
+            f"got {config.global_batch_size}, but batch_size x grad_accumulation_steps = {implied}; "
+            "leave out grad_accumulation_steps: the micro-steps follow from global_batch_size",
+        )
+    if "\0" in config.output_dir:
+        yield line("output_dir", "got a NUL character, which no path holds; remove it")
+
+
+# Describing: the same dataclasses, as text.
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyInfo:
+    """What --help says of one key."""
+
+    kind: str
+    allowed: str
+    """The values allowed, where pydantic's own words would not tell; else empty."""
+    default: str
+    meaning: str
+
+
+KINDS = {int: "integer", float: "number", str: "text", bool: "true or false"}
+
+
+def walk_keys(cls: type = Config, prefix: Key = ()) -> Iterator[tuple[Key, KeyInfo]]:
+    """Every key with its description, sections included, in order of definition."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for name, field in cls.__pydantic_fields__.items():  # type: ignore[attr-defined]
+        kind, allowed, nested = describe_type(hints[name])
+        if field.is_required():
+            default = "required"
+        elif nested is not None:
+            default = ""
+        else:
+            default = "null" if field.default is None else str(field.default)
+        if "device" == name:
+            allowed = "auto, cpu, cuda, cuda:N or mps"
+        yield (*prefix, name), KeyInfo(kind, allowed, default, field.description or "")
+        if nested is not None:
+            yield from walk_keys(nested, (*prefix, name))
+
+
+def describe_type(hint: Any) -> tuple[str, str, type | None]:
+    """A type hint as (name for people, values allowed, the section's class if it is one)."""
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return describe_type(typing.get_args(hint)[0])
+    if origin is Literal:
+        options = ", ".join(typing.get_args(hint)[:-1]) + " or " + typing.get_args(hint)[-1]
+        return options, options, None
+    if origin in (typing.Union, types.UnionType):
+        return describe_type(next(arm for arm in typing.get_args(hint) if arm is not type(None)))
+    if dataclasses.is_dataclass(hint):
+        return "section", "a section of indented keys", typing.cast(type, hint)
+    return KINDS[hint], "", None
+
+
+def help_text() -> str:
+    """Every key with its type, default and meaning, for --help."""
+    lines = ["config keys (in the YAML file, or as key=value on the command line; dots lead into sections):"]
+    for key, info in walk_keys():
+        default = f", default {info.default}" if info.default not in ("", "required") else ""
+        required = ", required" if info.default == "required" else ""
+        lines.append(f"  {dotted(key)} ({info.kind}{required}{default})")
+        lines.append(f"      {info.meaning}")
+    return "\n".join(lines)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML that `load` reads back to the same value."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def config_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """The command line that every command with a config shares: CONFIG [key=value ...]."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/GPT-tiny.yaml")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="replaces a key of the file")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the resolved config and its batch equation."""
+    parser = config_parser("python -m distgpt.config", "Check a config and print it with every default filled in.")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks to show the batch equation for (default 1)")
+    options = parser.parse_intermixed_args(arguments)
+    if options.ranks < 1:
+        raise ConfigError(f"command line: --ranks: got {options.ranks}, expected at least 1")
+    config = load(options.config, options.overrides)
+    plan = BatchPlan(config.sequences_per_step, config.batch_size, options.ranks)
+    print(to_yaml(config), end="")
+    print(f"# {plan.equation(config.seq_len)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,79 @@
+"""What ends a command early: the kinds of error a user can cause, their exit codes, and one line instead of a traceback.
+
+Exit codes: 0 done, 1 a bug of ours, 2 config, 3 data, 4 checkpoint, 5 numerics, 6 environment, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+
+class UserError(Exception):
+    """Something a user can mend. Its text is one line a problem: what was found, what is allowed, what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """A wrong config file, override or command line."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """Token files or texts that cannot be trained on or scored."""
+
+    exit_code = 3
+
+
+class CheckpointError(UserError):
+    """A checkpoint or trained model that is damaged or does not fit."""
+
+    exit_code = 4
+
+
+class NumericsError(UserError):
+    """A loss or gradient that is no longer a number."""
+
+    exit_code = 5
+
+
+class EnvironmentError_(UserError):
+    """A machine, folder, library or network that lacks what the command needs."""
+
+    exit_code = 6
+
+
+def run_command(main: Callable[[Sequence[str]], int | None]) -> int:
+    """Run a command's `main` on the process's arguments; turn errors into their lines and return the exit code.
+
+    `--debug` anywhere in the arguments shows the traceback too. Under torchrun the first rank of each machine speaks.
+    """
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    try:
+        return main([argument for argument in arguments if argument != "--debug"]) or 0
+    except UserError as error:
+        if debug:
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            for line in str(error).splitlines():
+                print(f"distgpt: error: {line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stdout = None  # type: ignore[assignment]  # the reader has gone (`| head`): nothing to flush
+        return 0
+
+
+def leave(code: int) -> None:
+    """End this process now. A gloo thread that wakes while Python finalises would abort it (pytorch #190489)."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):
+            pass
+    os._exit(code)

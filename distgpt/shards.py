@@ -1,0 +1,215 @@
+"""Tokens on disk: which files hold them, whether they are sound, and reading any stretch of them.
+
+Nothing is ever loaded whole: each read is one `os.pread` of a window, which shares the kernel's page cache between
+ranks, keeps nothing resident, and reports a file cut short as an error where a memory map would kill the process.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from distgpt.errors import DataError
+
+SCAN_TOKENS = 2**20
+"""Tokens looked at in one piece when a whole array is checked."""
+
+
+@dataclass(frozen=True)
+class TokenArray:
+    """A one-dimensional integer array inside a file, read by stretches."""
+
+    path: Path
+    name: str
+    """`train`, `val`, or whatever the array is called in its file."""
+    offset: int
+    """Byte at which the first token starts."""
+    dtype: np.dtype
+    length: int
+    """Tokens."""
+    fingerprint: str
+    """Changes when the tokens change; cheap to get, so not proof against malice."""
+    descriptor: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def read(self, start: int, stop: int, n_vocab: int) -> np.ndarray:
+        """Tokens [start, stop) as int64. Raises DataError where the file ends early or an id is not below `n_vocab`."""
+        itemsize = self.dtype.itemsize
+        wanted, position = (stop - start) * itemsize, self.offset + start * itemsize
+        pieces, missing = [], wanted
+        while missing:
+            try:
+                piece = os.pread(self.descriptor, missing, position + wanted - missing)
+            except OSError as error:
+                raise DataError(f"{self.path}: cannot read at byte {position}: {error.strerror}") from None
+            if not piece:
+                raise DataError(
+                    f"{self.path}: ends at byte {position + wanted - missing}, expected {position + wanted} or more "
+                    f"({self.name} token {stop - 1:,}); the file was cut short or replaced: restore it"
+                )
+            pieces.append(piece)
+            missing -= len(piece)
+        tokens = np.frombuffer(b"".join(pieces), dtype=self.dtype).astype(np.int64)
+        if tokens.size and (tokens.max() >= n_vocab or tokens.min() < 0):
+            index = int(np.argmax((tokens >= n_vocab) | (tokens < 0)))
+            raise DataError(
+                f"{self.path}: {self.name}[{start + index}] is token {tokens[index]}, expected 0 to {n_vocab - 1} "
+                "(the tokenizer's vocabulary); check tokenizer_encoding or make the tokens again"
+            )
+        return tokens
+
+    def check(self, n_vocab: int, limit: int | None = None) -> None:
+        """Read everything (or, past `limit` tokens, that many in evenly spaced stretches) and raise what `read` raises."""
+        starts = range(0, self.length, SCAN_TOKENS)
+        if limit is not None and self.length > limit:
+            starts = starts[:: -(-self.length // limit)]
+        for start in starts:
+            self.read(start, min(start + SCAN_TOKENS, self.length), n_vocab)
+
+
+def open_tokens(path: str | Path) -> dict[str, TokenArray]:
+    """The token arrays of an .npz file (`train`, `val`, ...) or an .npy file (called `tokens`), checked but not read.
+
+    A compressed .npz is unpacked once, beside itself. Raises DataError.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            magic = file.read(6)
+            if magic.startswith(b"PK"):
+                return open_npz(path)
+            if magic == b"\x93NUMPY":
+                return {"tokens": open_npy(path)}
+            size = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: cannot read: {error.strerror}; give an .npz file with arrays train and val") from None
+    raise DataError(
+        f"{path}: got {size:,} bytes that are neither .npz nor .npy, expected numpy.savez's train and val arrays; "
+        "a download cut short looks like this: fetch it again"
+    )
+
+
+def open_npz(path: Path) -> dict[str, TokenArray]:
+    """Every array of a zip of .npy files; stored members are read in place, compressed ones from an unpacked copy."""
+    arrays: dict[str, TokenArray] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                fingerprint = f"{member.file_size}-{member.CRC:08x}"
+                if member.compress_type == zipfile.ZIP_STORED:
+                    start = member_start(archive, member)
+                    arrays[name] = open_npy(path, name, start, start + member.file_size, fingerprint)
+                else:
+                    arrays[name] = open_npy(unpack(archive, member, path), name, fingerprint=fingerprint)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path}: damaged .npz ({path.stat().st_size:,} bytes: {error}); fetch or make it again"
+        ) from None
+    return arrays
+
+
+def member_start(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
+    """Byte at which a stored member's content starts: past the local header, whose lengths differ from the directory's."""
+    assert archive.fp is not None
+    archive.fp.seek(member.header_offset)
+    header = archive.fp.read(30)
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise zipfile.BadZipFile(f"no local header for {member.filename}")
+    return member.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+
+
+def unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> Path:
+    """A compressed member as a file of its own in `PATH.unpacked/`, made once; complete or absent."""
+    folder = path.with_name(path.name + ".unpacked")
+    target = folder / f"{Path(member.filename).stem}-{member.CRC:08x}.npy"
+    if target.exists() and target.stat().st_size == member.file_size:
+        return target
+    try:
+        folder.mkdir(exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if member.file_size > free:
+            raise DataError(
+                f"{path}: {member.filename} is compressed and needs {member.file_size:,} bytes unpacked, but {folder} "
+                f"has {free:,} free; make room, or save it with numpy.savez instead of savez_compressed"
+            )
+        partial = target.with_suffix(f".{os.getpid()}.partial")
+        with archive.open(member) as packed, partial.open("wb") as file:
+            shutil.copyfileobj(packed, file, 2**20)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    except OSError as error:
+        raise DataError(
+            f"{path}: compressed, and cannot be unpacked to {folder}: {error.strerror}; "
+            "save it with numpy.savez instead of savez_compressed"
+        ) from None
+    return target
+
+
+def open_npy(
+    path: Path, name: str = "tokens", start: int = 0, stop: int | None = None, fingerprint: str | None = None
+) -> TokenArray:
+    """The integer array whose .npy bytes fill [start, stop) of `path`."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        stop = size if stop is None else stop
+        file.seek(start)
+        shape, dtype = read_npy_header(file, f"{path}: {name}")
+        offset = file.tell()
+        if dtype.hasobject:
+            raise DataError(f"{path}: {name} holds Python objects (a pickle), which are never loaded; save integers")
+        if dtype.kind not in "iu" or len(shape) != 1:
+            raise DataError(
+                f"{path}: {name} is an array of {dtype} with shape {shape}, expected one dimension of integers"
+            )
+        needed = offset + shape[0] * dtype.itemsize
+        if needed > min(stop, size):
+            raise DataError(
+                f"{path}: {name} needs bytes up to {needed:,}, but the file ends at {min(stop, size):,}; "
+                "it was cut short: fetch or make it again"
+            )
+        if fingerprint is None:
+            file.seek(max(offset, needed - 2**20))
+            fingerprint = f"{size}-{zlib.crc32(file.read(2**20)):08x}"
+    return TokenArray(path, name, offset, dtype, shape[0], fingerprint, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+
+def read_npy_header(file: BinaryIO, place: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype from an .npy header; raises DataError. The header is parsed as a literal: no code runs."""
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    except (ValueError, SyntaxError, TypeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{place}: no sound .npy header ({reason}); fetch or make the file again") from None
+    return shape, dtype
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write arrays as an uncompressed .npz: complete under its name, or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def smallest_dtype(n_vocab: int) -> np.dtype:
+    """The narrowest unsigned type that holds every id below `n_vocab`."""
+    return np.dtype(np.uint16 if n_vocab <= 2**16 else np.uint32)
