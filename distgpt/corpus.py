@@ -18,6 +18,9 @@ from distgpt.tokenizer import Tokenizer
 
 DEFAULT_DATA = Path("data/tokens.npz")
 
+ORDER_VERSION = 1
+"""Of the order in which `data` reads windows. Checkpoints record it: another order would change every resumed run."""
+
 CHECKED_AT_START = 2**26
 """Tokens whose ids are looked at before the first step; every window is looked at again when it is read."""
 

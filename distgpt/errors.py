@@ -69,11 +69,11 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> int:
         return 0
 
 
-def leave(code: int) -> None:
+def leave(code: int | None) -> None:
     """End this process now. A gloo thread that wakes while Python finalises would abort it (pytorch #190489)."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (AttributeError, OSError, ValueError):
             pass
-    os._exit(code)
+    os._exit(code or 0)

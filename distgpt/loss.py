@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+ExpRows = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 IGNORED = -100
 """Target id of a position that has no target (padding): it adds nothing to the loss or to a gradient."""
@@ -22,7 +25,9 @@ def plain_loss(x_PD: Tensor, weight_VD: Tensor, targets_P: Tensor, n_vocab: int)
     return F.cross_entropy(logits_PV.float(), targets_P, ignore_index=IGNORED, reduction="sum")
 
 
-def tiled_loss(x_PD: Tensor, weight_VD: Tensor, targets_P: Tensor, n_vocab: int) -> Tensor:
+def tiled_loss(
+    x_PD: Tensor, weight_VD: Tensor, targets_P: Tensor, n_vocab: int, exp_rows: ExpRows
+) -> Tensor:
     """`plain_loss`, a tile of positions at a time, with both gradients formed while the tile is at hand.
 
     Memory is one tile of logits instead of P x V; time is three matmuls and one exponential a logit. Computes in
@@ -32,7 +37,7 @@ def tiled_loss(x_PD: Tensor, weight_VD: Tensor, targets_P: Tensor, n_vocab: int)
         dtype = torch.get_autocast_dtype(x_PD.device.type)
     else:
         dtype = x_PD.dtype
-    loss: Tensor = TiledLoss.apply(x_PD, weight_VD, targets_P, n_vocab, dtype)
+    loss: Tensor = TiledLoss.apply(x_PD, weight_VD, targets_P, n_vocab, dtype, exp_rows)
     return loss
 
 
@@ -45,7 +50,13 @@ class TiledLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x_PD: Tensor, weight_VD: Tensor, targets_P: Tensor, n_vocab: int, dtype: torch.dtype
+        ctx: Any,
+        x_PD: Tensor,
+        weight_VD: Tensor,
+        targets_P: Tensor,
+        n_vocab: int,
+        dtype: torch.dtype,
+        exp_rows: ExpRows,
     ) -> Tensor:
         (P, D), V = x_PD.shape, len(weight_VD)
         wide = torch.promote_types(x_PD.dtype, torch.float32)
@@ -78,7 +89,7 @@ class TiledLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dx_PD, dw_VD = ctx.saved_tensors
-        return dx_PD * d_loss, dw_VD * d_loss, None, None, None
+        return dx_PD * d_loss, dw_VD * d_loss, None, None, None, None
 
 
 def exp_rows(logits_RV: Tensor, out_RV: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from distgpt.loss import plain_loss, tiled_loss
+from distgpt.loss import ExpRows, plain_loss, tiled_loss
 
 VOCAB_MULTIPLE = 64
 """Vocabulary rows are padded to this multiple: matrix units like round sizes (50,257 becomes 50,304)."""
+
+TOKEN_ROWS = "token_embedding.weight"
 
 
 class KeyValueCache:
@@ -89,14 +91,18 @@ class Head(nn.Module):
 
     def __init__(self, n_vocab: int) -> None:
         super().__init__()
-        self.n_vocab, self.tiled = n_vocab, False
+        self.n_vocab = n_vocab
+        self.exp_rows: ExpRows | None = None
+        """Set (to `loss.exp_rows`, compiled): the loss goes tile by tile and the logits never exist as a whole."""
 
     def forward(self, x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         """Logits BTV; with `targets_BT`, the sum of the token losses in nats instead (fp32, scalar)."""
         if targets_BT is None:
             return F.linear(x_BTD, weight_VD[: self.n_vocab])
-        loss_of = tiled_loss if self.tiled else plain_loss
-        return loss_of(x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten(), self.n_vocab)
+        x_PD, targets_P = x_BTD.flatten(0, 1), targets_BT.flatten()
+        if self.exp_rows is None:
+            return plain_loss(x_PD, weight_VD, targets_P, self.n_vocab)
+        return tiled_loss(x_PD, weight_VD, targets_P, self.n_vocab, self.exp_rows)
 
 
 class DecoderLM(nn.Module):
@@ -139,13 +145,13 @@ class DecoderLM(nn.Module):
         S = T if cache is None else cache.length + T
         if attention_mask_BS is None:
             positions_BT = torch.arange(S - T, S, device=ids_BT.device)
-            mask_BNTS = None if S == T else causal_mask(T, S, ids_BT.device)
+            mask_BNTS: Tensor | None = None if S == T else causal_mask(T, S, ids_BT.device)
         else:
             real_BS = attention_mask_BS.bool()
             positions_BT = (real_BS.cumsum(1) - 1).clamp_(min=0)[:, S - T :]
-            mask_BNTS = causal_mask(T, S, ids_BT.device) & real_BS[:, None, None, :]
             # A padding query sees only padding: let it see itself, since a softmax over nothing is NaN.
-            mask_BNTS = mask_BNTS | torch.eye(T, dtype=torch.bool, device=ids_BT.device).new_ones(())  # placeholder
+            itself_TS = torch.ones(T, S, dtype=torch.bool, device=ids_BT.device).triu_(S - T).tril_(S - T)
+            mask_BNTS = causal_mask(T, S, ids_BT.device) & real_BS[:, None, None, :] | itself_TS
         x_BTD = self.dropout(self.token_embedding(ids_BT) + self.position_embedding(positions_BT))
         for block in self.blocks:
             x_BTD = block(x_BTD, mask_BNTS, cache)
@@ -153,6 +159,26 @@ class DecoderLM(nn.Module):
             cache.length = S
         out: Tensor = self.head(self.final_norm(x_BTD), self.token_embedding.weight, targets_BT)
         return out
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """The weights by name, without the padding rows of the vocabulary."""
+        weights = dict(self.state_dict())
+        weights[TOKEN_ROWS] = weights[TOKEN_ROWS][: self.n_vocab]
+        return weights
+
+    def load_trained_weights(self, weights: dict[str, Tensor]) -> None:
+        """Take over weights from `trained_weights`. Raises ValueError naming the first tensors that do not fit."""
+        own = self.trained_weights()
+        wrong = [
+            f"{name}: {describe_tensor(weights.get(name))}, expected {describe_tensor(own.get(name))}"
+            for name in sorted(own.keys() | weights.keys())
+            if describe_tensor(weights.get(name)) != describe_tensor(own.get(name))
+        ]
+        if wrong:
+            raise ValueError("; ".join(wrong[:3]))
+        with torch.no_grad():
+            for name, tensor in own.items():  # views of the parameters: padding rows stay zero
+                tensor.copy_(weights[name])
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -177,3 +203,8 @@ class DecoderLM(nn.Module):
 def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
     """True where query t (the last T of S columns) may see key s, TS."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril_(S - T)
+
+
+def describe_tensor(tensor: Tensor | None) -> str:
+    """Shape and dtype, or `absent`."""
+    return "absent" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"

@@ -1,0 +1,145 @@
+"""Everything that can be found wrong before torch is loaded: config, tokenizer, tokens, output folder, resume.
+
+`python -m distgpt.check CONFIG [key=value ...]` does just that, in a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distgpt import checkpoint, config as configs
+from distgpt.checkpoint import Checkpoint
+from distgpt.config import Config
+from distgpt.corpus import ORDER_VERSION, Tokens, open_corpus
+
+from distgpt.errors import CheckpointError, ConfigError, EnvironmentError_, run_command
+from distgpt.tokenizer import Tokenizer, load_tokenizer
+
+MAY_CHANGE = {
+    "output_dir",
+    "device",
+    "batch_size",
+    "grad_accumulation_steps",
+    "global_batch_size",
+    "num_training_steps",
+    "precision",
+    "compile",
+    "log_every",
+    "eval",
+    "checkpoint",
+    "wandb",
+    "data",
+}
+"""Keys that a run may be continued with another value of. Of the batch keys and data, what they come to may not change."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with."""
+
+    tokenizer: Tokenizer
+    tokens: Tokens
+    resume: Checkpoint | None
+    results: dict[str, Any] | None
+    """eval.json of a run that is finished already."""
+    notes: list[str]
+    """What the user should know before the run begins, a line each."""
+
+
+def check(config: Config, fresh: bool) -> Start:
+    """Check all that a run needs and find where it begins. `fresh` ignores what is in the output folder.
+
+    Raises a UserError; changes nothing on disk but the sample corpus, where it is to be made.
+    """
+    output_dir = Path(config.output_dir)
+    check_output_dir(output_dir)
+    tokenizer = load_tokenizer(config.tokenizer_encoding)
+    found, notes = (None, []) if fresh else checkpoint.newest(output_dir)
+    if found is None and notes:
+        raise CheckpointError(
+            "\n".join(notes) + f"\n{output_dir}: no checkpoint is sound; restore one, or start over with --fresh"
+        )
+    tokens = open_corpus(config, tokenizer)
+    if tokens.note:
+        notes.append(tokens.note)
+    if found is None:
+        return Start(tokenizer, tokens, None, None, notes)
+    refuse_changes(config, tokens, found)
+    notes.extend(changes_allowed(config, found))
+    return Start(tokenizer, tokens, found, finished_results(output_dir, found.step, config), notes)
+
+
+def check_output_dir(output_dir: Path) -> None:
+    """Raise EnvironmentError_ if the output folder could not be written to."""
+    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise EnvironmentError_(f"output_dir: {existing} is a file, expected a folder; choose another output_dir")
+    try:
+        probe = existing / f".distgpt-write-test-{id(output_dir)}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise EnvironmentError_(f"output_dir: cannot write in {existing}: {error.strerror}; choose another") from None
+
+
+def refuse_changes(config: Config, tokens: Tokens, found: Checkpoint) -> None:
+    """Raise ConfigError, a line each, for what would make the continued run another run."""
+    old, new = found.state["config"], dataclasses.asdict(config)
+    remedy = f"go on with the old value, choose another output_dir, or start over with --fresh ({found.path})"
+    lines = [
+        f"{key}: got {new[key]}, but the run in {config.output_dir} was started with {old.get(key)}; {remedy}"
+        for key in new
+        if key not in MAY_CHANGE and new[key] != old.get(key)
+    ]
+    facts = {
+        "global_batch_size": (config.sequences_per_step, found.state["sequences_per_step"]),
+        "data": (f"tokens {tokens.fingerprint} ({tokens.path})", f"tokens {found.state['tokens']}"),
+        "order of sequences": (f"version {ORDER_VERSION}", f"version {found.state['order_version']}"),
+    }
+    lines += [
+        f"{key}: got {mine}, but the run in {config.output_dir} was started with {theirs}; {remedy}"
+        for key, (mine, theirs) in facts.items()
+        if mine != theirs
+    ]
+    if config.num_training_steps < found.step:
+        lines.append(
+            f"num_training_steps: got {config.num_training_steps}, but the run in {config.output_dir} has made "
+            f"{found.step} steps; {remedy}"
+        )
+    if lines:
+        raise ConfigError("\n".join(lines))
+
+
+def changes_allowed(config: Config, found: Checkpoint) -> list[str]:
+    """A line for each setting that differs from the run being continued and may."""
+    old, new = found.state["config"], dataclasses.asdict(config)
+    return [
+        f"{key} is now {new[key]} (was {old.get(key)})"
+        for key in new
+        if key in MAY_CHANGE and key != "output_dir" and new[key] != old.get(key)
+    ]
+
+
+def finished_results(output_dir: Path, step: int, config: Config) -> dict[str, Any] | None:
+    """The results of a run that has made all its steps and been scored; None for one that has more to do."""
+    if step < config.num_training_steps or not (output_dir / "eval.json").is_file():
+        return None
+    results = checkpoint.read_json(output_dir / "eval.json")
+    return results if results.get("step") == step else None
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Check a config, its tokens and its output folder without starting the run. Prints nothing if all is well."""
+    parser = configs.config_parser("python -m distgpt.check", str(main.__doc__))
+    parser.add_argument("--fresh", action="store_true", help="ignore an earlier run in output_dir")
+    options = parser.parse_intermixed_args(arguments)
+    check(configs.load(options.config, options.overrides), options.fresh)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,242 @@
+"""Save, find, verify, load, prune: a checkpoint is complete under its name, or absent.
+
+A checkpoint is a folder `checkpoints/step-00000250` of safetensors files (torch.distributed.checkpoint, so that any
+number of ranks loads it), `state.json` for what is no tensor, and `manifest.json` with every file's size and sha256.
+It is written under another name, flushed to disk, sealed with the manifest, and renamed. No pickle is ever read.
+Finding and verifying need no torch; it is imported where tensors are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distgpt import config as configs
+from distgpt.errors import CheckpointError
+from distgpt.tokenizer import Tokenizer, load_saved
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from distgpt.model import DecoderLM
+    from distgpt.world import World
+
+FORMAT = 1
+MANIFEST, STATE = "manifest.json", "state.json"
+WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer"
+NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint on disk."""
+
+    path: Path
+    step: int
+    """Updates made before it was saved."""
+    state: dict[str, Any]
+    """What is no tensor: the config and everything else that must be the same when the run goes on."""
+
+
+def newest(output_dir: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and a line for each newer one that does not."""
+    rejected = []
+    for step, path in sorted(on_disk(output_dir), reverse=True):
+        try:
+            return Checkpoint(path, step, verify(path)), rejected
+        except CheckpointError as error:
+            rejected.append(f"passing over {error}")
+    return None, rejected
+
+
+def on_disk(output_dir: Path) -> Iterator[tuple[int, Path]]:
+    """Every folder that is named like a checkpoint, with its step."""
+    folder = output_dir / "checkpoints"
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if match := NAME.fullmatch(path.name):
+            yield int(match[1]), path
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Compare every file of a checkpoint with its manifest; return its state. Raises CheckpointError."""
+    manifest = read_json(path / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {manifest.get('format')}, expected {FORMAT}; use the distgpt that wrote it")
+    for name, expected in manifest["files"].items():
+        if (found := describe_file(path / name)) != expected:
+            raise CheckpointError(f"{path / name}: damaged (got {found}, expected {expected}); restore or delete {path}")
+    return read_json(path / STATE)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises CheckpointError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: unreadable ({error}); restore or delete {path.parent}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: got {type(value).__name__}, expected a JSON object; delete {path.parent}")
+    return value
+
+
+def describe_file(path: Path) -> dict[str, Any] | None:
+    """Size in bytes and sha256, or None where there is no file."""
+    try:
+        with path.open("rb") as file:
+            return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    except OSError:
+        return None
+
+
+def save(
+    output_dir: Path,
+    step: int,
+    model: DecoderLM,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+    world: World,
+) -> None:
+    """Save a checkpoint and delete all but the newest `keep`. Every rank calls; each writes its share of the tensors."""
+    import torch.distributed.checkpoint as dcp
+
+    target = output_dir / "checkpoints" / f"step-{step:08d}"
+    partial = target.with_name(f".{target.name}.partial")
+    if world.is_first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    world.gather(None)  # no rank writes before the folder is there
+    writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)  # flushes each file to disk
+    tensors, _ = split_state(model, optimizer)
+    dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
+    world.gather(None)  # no rank's file is missing from the manifest
+    if world.is_first:
+        write_durably(partial / STATE, json.dumps(state, indent=2).encode())
+        files = {file.name: describe_file(file) for file in sorted(partial.iterdir())}
+        write_durably(partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=2).encode())
+        sync_folder(partial)
+        remove(target)
+        partial.rename(target)
+        sync_folder(target.parent)
+        for _, path in sorted(on_disk(output_dir), reverse=True)[keep:]:
+            remove(path)
+    world.gather(None)  # no rank goes on as if it were saved before it is
+
+
+def load(checkpoint: Checkpoint, model: DecoderLM, optimizer: torch.optim.Optimizer, world: World) -> None:
+    """Put a checkpoint's tensors into the model and its optimizer. Every rank calls, with any number of ranks."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+
+    tensors, scalars = split_state(model, optimizer)
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint.path))
+    dcp.load(tensors, storage_reader=reader, no_dist=world.size == 1)
+    whole = tensors | scalars
+    parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}}
+    for name, value in whole.items():
+        owner, _, rest = name.partition(".")
+        parts[owner][rest] = value
+    set_model_state_dict(model, parts["model"])
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    set_optimizer_state_dict(model, optimizer, parts["optimizer"], options=options)
+
+
+def split_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Model and optimizer as flat tensors, and the optimizer's settings, which come from the config and are not saved."""
+    import torch
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_optimizer_state_dict,
+    )
+
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    state = {f"model.{name}": value for name, value in get_model_state_dict(model).items()}
+    optimizer_state = get_optimizer_state_dict(model, optimizer, options=options)
+    state |= {f"optimizer.{name}": value for name, value in optimizer_state.items()}
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return tensors, {name: value for name, value in state.items() if name not in tensors}
+
+
+def save_trained(output_dir: Path, model: DecoderLM, tokenizer: Tokenizer) -> None:
+    """Write what using the model needs: `model.safetensors` (without padding rows) and the tokenizer."""
+    from safetensors.torch import save
+
+    raw = save({name: tensor.cpu().contiguous() for name, tensor in model.trained_weights().items()})
+    replace_durably(output_dir / WEIGHTS, raw)
+    tokenizer.save(output_dir / TOKENIZER)
+
+
+def load_trained(output_dir: Path) -> tuple[DecoderLM, Tokenizer, configs.Config]:
+    """A finished run's model (on the CPU, in evaluation mode), tokenizer and config. Raises CheckpointError."""
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    from distgpt.model import DecoderLM
+
+    if not (output_dir / WEIGHTS).is_file():
+        known = f"{output_dir} holds an unfinished run: run the same training command again to finish it"
+        unknown = f"{output_dir} holds no trained model: give the output_dir of a finished run, such as outputs/GPT-tiny"
+        raise CheckpointError(known if any(on_disk(output_dir)) else unknown)
+    config = configs.load(output_dir / "config.yaml")
+    tokenizer = load_saved(output_dir / TOKENIZER)
+    model = build_model(config, tokenizer.n_vocab)
+    try:
+        model.load_trained_weights(safetensors.torch.load_file(output_dir / WEIGHTS))
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{output_dir / WEIGHTS}: does not load ({error}); train again or restore it") from None
+    model.eval()
+    assert isinstance(model, DecoderLM)
+    return model, tokenizer, config
+
+
+def build_model(config: configs.Config, n_vocab: int) -> DecoderLM:
+    """The config's model with its initial weights."""
+    from distgpt.model import DecoderLM
+
+    sizes = config.model_config
+    return DecoderLM(
+        n_vocab, sizes.n_embd, sizes.n_head, sizes.n_positions, sizes.n_layer, config.p_dropout, config.seed
+    )
+
+
+def write_durably(path: Path, raw: bytes) -> None:
+    """Write a file and flush it to disk."""
+    with path.open("wb") as file:
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_durably(path: Path, raw: bytes) -> None:
+    """Write a file so that its name holds the old content or the new, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    write_durably(partial, raw)
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's entries (creations and renames) to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete a folder; its name goes first, so that no half of it is ever taken for the whole."""
+    if path.exists():
+        doomed = path.with_name(f".{path.name}.deleted")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)

@@ -1,0 +1,133 @@
+"""Loss and perplexity on held-out tokens, every rank sharing the work.
+
+`python -m distgpt.evaluate outputs/GPT-tiny [--data FILE]` scores a trained model on any token file or text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from distgpt import world as worlds
+from distgpt.checkpoint import load_trained
+from distgpt.config import Config
+from distgpt.corpus import open_corpus
+from distgpt.data import held_out_batches
+from distgpt.errors import DataError, run_command
+from distgpt.loss import IGNORED
+from distgpt.parallel import decide, parallelize
+from distgpt.shards import TokenArray, open_tokens, smallest_dtype
+from distgpt.tokenizer import Tokenizer
+from distgpt.world import World
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model predicts a stream of tokens."""
+
+    loss: float
+    """Mean loss over the targets in nats."""
+    tokens: int
+    """Targets scored."""
+    text_bytes: int
+    """Bytes of text that they stand for."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700))
+
+    def results(self) -> dict[str, float | int]:
+        """What eval.json holds. Bits per byte compares models whatever their tokenizers."""
+        results: dict[str, float | int] = {"val-loss": self.loss, "val-perplexity": self.perplexity}
+        if self.text_bytes:
+            results["val-bits-per-byte"] = self.loss * self.tokens / self.text_bytes / math.log(2)
+        return results | {"tokens": self.tokens}
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    tokens: TokenArray,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    batch_size: int,
+    world: World,
+    max_tokens: int | None = None,
+) -> Score:
+    """Score `model` on each target of a stream once, in windows of `seq_len`. Every rank calls, every rank gets the total."""
+    training = model.training
+    model.eval()
+    sizes_V = torch.from_numpy(tokenizer.bytes_per_token())
+    loss_sum = torch.zeros((), dtype=torch.float64)
+    counts = torch.zeros(2, dtype=torch.int64)
+    batches = held_out_batches(tokens, tokenizer.n_vocab, seq_len, batch_size, world.rank, world.size, max_tokens)
+    for batch in batches:
+        on_device = batch.to(world.device)
+        loss_sum += model(on_device.ids_BT, targets_BT=on_device.targets_BT).item()
+        real = batch.targets_BT[batch.targets_BT != IGNORED]
+        counts += torch.stack([torch.tensor(real.numel()), sizes_V[real].sum()])
+    model.train(training)
+    targets, text_bytes = world.sum(counts).tolist()
+    return Score(float(world.sum(loss_sum)) / targets, targets, text_bytes)
+
+
+def open_held_out(source: str | None, config: Config, tokenizer: Tokenizer) -> tuple[TokenArray, str]:
+    """The tokens to score and where they are from: a token file's `val` (or only array), or a text; default the run's."""
+    if source is None:
+        tokens = open_corpus(config, tokenizer)
+        return tokens.val, f"{tokens.path} (val)"
+    path = Path(source)
+    try:
+        with path.open("rb") as file:
+            is_tokens = file.read(6).startswith((b"PK", b"\x93NUMPY"))
+        if is_tokens:
+            arrays = open_tokens(path)
+            name = "val" if "val" in arrays else next(iter(arrays), "val")
+            if name not in arrays:
+                raise DataError(f"{path}: holds no arrays, expected val; make it with numpy.savez")
+            held_out = arrays[name]
+        else:
+            ids = tokenizer.encode(path.read_text(encoding="utf-8"))
+            with tempfile.NamedTemporaryFile(suffix=".npy") as file:
+                np.save(file, np.array(ids, dtype=smallest_dtype(tokenizer.n_vocab)))
+                file.flush()
+                held_out = open_tokens(file.name)["tokens"]
+            name = "text"
+    except OSError as error:
+        raise DataError(f"{path}: cannot read: {error.strerror}; give a token file or a text file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: neither a token file nor UTF-8 text (byte {error.start}); give one of them") from None
+    if len(held_out) < 2:
+        raise DataError(f"{path}: {name} has {len(held_out)} tokens, expected at least 2; give a longer one")
+    return held_out, f"{path} ({name})"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Score a trained model on held-out tokens or text."""
+    parser = argparse.ArgumentParser(prog="python -m distgpt.evaluate", description=main.__doc__)
+    parser.add_argument("run", metavar="RUN", help="output_dir of a finished run, such as outputs/GPT-tiny")
+    parser.add_argument("--data", metavar="FILE", help=".npz, .npy or text file (default: the run's validation tokens)")
+    options = parser.parse_args(arguments)
+    model, tokenizer, config = load_trained(Path(options.run))
+    held_out, name = open_held_out(options.data, config, tokenizer)
+    world = worlds.start(config.device)
+    parallelize(model, world, decide(config, tokenizer.n_vocab, world, may_compile=False))
+    score = evaluate(model, held_out, tokenizer, config.seq_len, config.batch_size, world)
+    if world.is_first:
+        print(json.dumps({"data": name} | score.results(), indent=2))
+    world.close()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

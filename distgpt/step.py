@@ -1,0 +1,71 @@
+"""One optimizer step: micro-steps, backward, clip, update."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from distgpt.data import Batch
+from distgpt.loss import IGNORED
+from distgpt.parallel import synchronised
+from distgpt.world import World
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update measured, still on the device: reading it waits for the device."""
+
+    loss_sum: Tensor
+    """Sum of this rank's token losses in nats (fp32, scalar); summed over ranks it is the step's."""
+    grad_norm: Tensor
+    """Global gradient norm before clipping, the same on every rank."""
+
+
+def train_step(
+    running: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Batch],
+    tokens: int,
+    grad_clip: float,
+    world: World,
+) -> StepResult:
+    """Update the weights with the gradient of the mean loss over all `tokens` targets of the step. Every rank calls.
+
+    Each micro-step's summed loss is divided by the step's global count, so that neither accumulation nor uneven ranks
+    can weigh a token differently; DDP's averaging over ranks is cancelled by multiplying by their number.
+    Where the gradient is not finite the fused optimizer leaves the weights as they are, on all ranks alike.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    loss_sum = torch.zeros((), device=world.device)
+    for index, batch in enumerate(batches):
+        with synchronised(running, last=index == len(batches) - 1):
+            loss = running(batch.ids_BT, targets_BT=batch.targets_BT)
+            (loss * (world.size / tokens)).backward()
+        loss_sum += loss.detach()
+    grad_norm = nn.utils.clip_grad_norm_(running.parameters(), grad_clip)
+    optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    return StepResult(loss_sum, cast(Tensor, grad_norm))
+
+
+def warm_up(running: nn.Module, batches: list[Batch], world: World) -> None:
+    """Run a step's first and last micro-batch without targets, so that all gradients are zero. Every rank calls.
+
+    It compiles before the clock starts, and it lets DDP settle its buckets, which it orders anew after its first
+    backward: without it, a resumed run's first update would add gradients in another order than the run it goes on.
+    """
+    ends = batches[:1] if len(batches) == 1 else [batches[0], batches[-1]]
+    for batch in ends:
+        with synchronised(running, last=batch is ends[-1]):
+            running(batch.ids_BT, targets_BT=torch.full_like(batch.targets_BT, IGNORED)).backward()
+    running.zero_grad(set_to_none=True)
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Give this step's dropout on this rank a stream of its own: reproducible, and no two ranks alike."""
+    digest = hashlib.sha256(f"{seed}/dropout/{step}/{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") % 2**63)

@@ -1,0 +1,201 @@
+"""The run, top to bottom: check, build, resume, loop, close.
+
+`torchrun --nproc_per_node=4 -m distgpt.train configs/GPT-tiny.yaml [key=value ...] [--fresh]`, or without torchrun
+`python -m distgpt.train ...` for one process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import secrets
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distgpt import checkpoint, config as configs, world as worlds
+from distgpt.check import Start, check
+from distgpt.checkpoint import Checkpoint
+from distgpt.config import BatchPlan, Config, count
+from distgpt.corpus import ORDER_VERSION, window_count
+from distgpt.data import ShuffledReader
+from distgpt.errors import NumericsError, leave, run_command
+from distgpt.evaluate import Score, evaluate
+from distgpt.metrics import device_name, open_log, peak_tflops
+from distgpt.model import DecoderLM
+from distgpt.optim import build_optimizer, learning_rate, set_learning_rate
+from distgpt.parallel import Execution, decide, parallelize
+from distgpt.step import seed_dropout, train_step, warm_up
+from distgpt.world import World
+
+
+def train(config: Config, fresh: bool, world: World) -> None:
+    """Train until `num_training_steps`, from the newest checkpoint in `output_dir` if there is one. Every rank calls."""
+    start = world.first_rank_first(lambda: check(config, fresh))
+    output_dir = Path(config.output_dir)
+    if start.results is not None:
+        if world.is_first:
+            print(f"{output_dir} is finished: {json.dumps(start.results)}")
+            print("more num_training_steps go on from here; --fresh starts over")
+        return
+
+    n_vocab = start.tokenizer.n_vocab
+    first_step = start.resume.step if start.resume else 0
+    last_step = config.num_training_steps
+    tokens_per_step = config.sequences_per_step * config.seq_len
+    plan = BatchPlan(config.sequences_per_step, config.batch_size, world.size)
+    execution = resumed_execution(start.resume, config) or decide(config, n_vocab, world)
+    state = run_state(config, start, execution)
+    if world.is_first:
+        prepare_output_dir(output_dir, config, anew=start.resume is None)
+        print(card(config, start, execution, plan, world), flush=True)
+
+    model = checkpoint.build_model(config, n_vocab)
+    running = parallelize(model, world, execution)
+    optimizer = build_optimizer(model, config.optimizer)
+    if start.resume:
+        checkpoint.load(start.resume, model, optimizer, world)
+    reader = ShuffledReader(start.tokens.train, n_vocab, config.seq_len, config.seed, plan, world.rank)
+    warm_up(running, [batch.to(world.device) for batch in reader.at(first_step)], world)
+    log = open_log(
+        world,
+        config=config,
+        first_step=first_step,
+        tokens_per_step=tokens_per_step,
+        flops_per_token=config.model_config.flops_per_token(n_vocab, config.seq_len),
+        peak=peak_tflops(world.device, execution.precision),
+        wandb_run_id=state["wandb_run_id"],
+    )
+
+    def score(max_tokens: int | None) -> Score:
+        held_out = start.tokens.val
+        return evaluate(model, held_out, start.tokenizer, config.seq_len, config.batch_size, world, max_tokens)
+
+    def save(step: int) -> None:
+        checkpoint.save(output_dir, step, model, optimizer, state, config.checkpoint.keep, world)
+
+    schedule = (config.num_warmup_steps, last_step, config.min_lr, config.max_lr)
+    for step, batches in enumerate(reader.steps(first_step, last_step, world.device), first_step + 1):
+        rate = learning_rate(step - 1, *schedule)
+        set_learning_rate(optimizer, rate)
+        seed_dropout(config.seed, step, world.rank)
+        result = train_step(running, optimizer, batches, tokens_per_step, config.optimizer.grad_clip, world)
+        log.step_done(step)
+        if due(step, config.log_every, last_step):
+            loss = float(world.sum(result.loss_sum)) / tokens_per_step
+            check_finite(step, loss)
+            log.step(step, loss, rate, float(result.grad_norm))
+        if due(step, config.eval.every) and step < last_step:
+            validation = score(config.eval.max_tokens)
+            log.evaluation(step, validation.loss, validation.perplexity)
+        if due(step, config.checkpoint.every, last_step):
+            save(step)
+            log.restart_clock()
+
+    final = score(None)
+    log.evaluation(last_step, final.loss, final.perplexity)
+    log.close()
+    if world.is_first:
+        finish(output_dir, model, start, {"step": last_step} | final.results())
+
+
+def due(step: int, every: int, last_step: int | None = None) -> bool:
+    """Whether something that happens every so many steps (and after the last, if given) happens after this one."""
+    return step % every == 0 or step == last_step
+
+
+def resumed_execution(resume: Checkpoint | None, config: Config) -> Execution | None:
+    """What the run being continued had decided, unless the config now says otherwise."""
+    if resume is None:
+        return None
+    old = resume.state["config"]
+    same = (old["precision"], old["compile"]) == (config.precision, config.compile)
+    return Execution(**resume.state["execution"]) if same else None
+
+
+def run_state(config: Config, start: Start, execution: Execution) -> dict[str, Any]:
+    """What a checkpoint keeps beside tensors: with it the same command continues the same run."""
+    return {
+        "config": dataclasses.asdict(config),
+        "execution": dataclasses.asdict(execution),
+        "order_version": ORDER_VERSION,
+        "sequences_per_step": config.sequences_per_step,
+        "tokens": start.tokens.fingerprint,
+        "torch": torch.__version__,
+        "wandb_run_id": start.resume.state["wandb_run_id"] if start.resume else secrets.token_hex(4),
+    }
+
+
+def prepare_output_dir(output_dir: Path, config: Config, anew: bool) -> None:
+    """Make the folder and write the resolved config; `anew` first deletes what an earlier run left (and only that)."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if anew:
+        checkpoint.remove(output_dir / "checkpoints")
+        for name in ("metrics.jsonl", "eval.json", checkpoint.WEIGHTS):
+            (output_dir / name).unlink(missing_ok=True)
+        shutil.rmtree(output_dir / checkpoint.TOKENIZER, ignore_errors=True)
+    checkpoint.replace_durably(output_dir / "config.yaml", configs.to_yaml(config).encode())
+
+
+def card(config: Config, start: Start, execution: Execution, plan: BatchPlan, world: World) -> str:
+    """What is about to happen, for people."""
+    model, n_vocab, tokens = config.model_config, start.tokenizer.n_vocab, start.tokens
+    steps, tokens_per_step = config.num_training_steps, config.sequences_per_step * config.seq_len
+    epochs = steps * plan.sequences / window_count(len(tokens.train), config.seq_len)
+    flops = steps * tokens_per_step * model.flops_per_token(n_vocab, config.seq_len)
+    compiled = "compiled" if execution.compile else "not compiled"
+    lines = {
+        "model": f"{count(model.n_layer, 'layer')}, {count(model.n_head, 'head')}, width {model.n_embd}, "
+        f"{count(model.n_positions, 'position')}, {count(model.parameters(n_vocab), 'parameter')}",
+        "tokens": f"{tokens.path}: {len(tokens.train):,} train, {len(tokens.val):,} val "
+        f"({config.tokenizer_encoding}, vocabulary {n_vocab:,})",
+        "batch": plan.equation(config.seq_len),
+        "steps": f"{steps:,} ({steps * tokens_per_step:,} tokens, {epochs:.2f} epochs, {flops:.2g} FLOPs)",
+        "device": f"{world.size} x {device_name(world.device)}"
+        + (f", {count(world.threads, 'thread')}" if world.device.type == "cpu" else "")
+        + f", {execution.precision}, {compiled}, torch {torch.__version__}",
+        "output": f"{config.output_dir} (the same command continues a stopped run)",
+    }
+    if start.resume:
+        lines["resume"] = f"{start.resume.path}: going on after step {start.resume.step:,}"
+    notes = [f"note    {note}" for note in start.notes]
+    return "\n".join([*(f"{name:<8}{text}" for name, text in lines.items()), *notes])
+
+
+def check_finite(step: int, loss: float) -> None:
+    """Raise NumericsError, on every rank, when the loss is no longer a number."""
+    if not math.isfinite(loss):
+        raise NumericsError(
+            f"step {step}: the training loss is {loss}, expected a finite number; lower max_lr or raise "
+            "num_warmup_steps, or use precision=fp32; the last checkpoint is intact"
+        )
+
+
+def finish(output_dir: Path, model: DecoderLM, start: Start, results: dict[str, Any]) -> None:
+    """Write the trained model and its score, and show the score."""
+    checkpoint.save_trained(output_dir, model, start.tokenizer)
+    checkpoint.replace_durably(output_dir / "eval.json", (json.dumps(results, indent=2) + "\n").encode())
+    print(json.dumps(results))
+    print(f"finished: {output_dir}/model.safetensors, eval.json, metrics.jsonl")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train the model that a config describes, or continue its run."""
+    parser = configs.config_parser("python -m distgpt.train", str(main.__doc__))
+    parser.add_argument("--fresh", action="store_true", help="delete the run in output_dir and start over")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    options = parser.parse_intermixed_args(arguments)
+    config = configs.load(options.config, options.overrides)
+    world = worlds.start(config.device)
+    world.check_same(dataclasses.asdict(config) | {"--fresh": options.fresh, "torch version": torch.__version__})
+    train(config, options.fresh, world)
+    world.close()
+
+
+if __name__ == "__main__":
+    leave(worlds.record(run_command)(main))

@@ -1,0 +1,218 @@
+"""Who and where this process is: rank, size, device; starting and ending the process group; the few collectives.
+
+One process without torchrun is a World of size 1: the same calls, no communication. `torch.distributed` and the
+environment are named here, so that the rest of the project can be read without them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from distgpt import errors
+from distgpt.errors import ConfigError, EnvironmentError_, UserError
+
+T = TypeVar("T")
+
+__all__ = ["World", "is_interactive", "record", "start", "wandb_logged_in"]
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    """Rank among the processes of this machine."""
+    local_size: int
+    device: torch.device
+    threads: int
+    """Threads each CPU operation uses; part of what a bit-identical rerun needs."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks and writes for all."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The tensor summed over all ranks. Every rank calls, every rank gets the total."""
+        if self.size > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value` (anything JSON holds) in rank order, on every rank. Every rank calls."""
+        if self.size == 1:
+            return [value]
+        raw = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(raw)]))
+        longest = int(max(sizes))
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(raw)] = raw
+        parts = [torch.zeros_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        return [
+            json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)
+        ]
+
+    def from_first(self, value: T) -> T:
+        """Rank 0's `value` (anything JSON holds), on every rank. Every rank calls."""
+        shared: T = self.gather(value if self.is_first else None)[0]
+        return shared
+
+    def first_rank_first(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0, then on the others: what it makes on disk is made once. Every rank calls.
+
+        A UserError on any rank is raised on all of them, so that none waits for one that has left.
+        """
+        result, failure = None, None
+        for my_turn in (self.is_first, not self.is_first):
+            if my_turn:
+                try:
+                    result = action()
+                except UserError as error:
+                    failure = [type(error).__name__, str(error)]
+            for rank, failed in enumerate(self.gather(failure)):
+                if failed is not None:
+                    name, text = failed
+                    prefix = f"rank {rank}: " if rank else ""
+                    raise getattr(errors, name)(prefix + text)
+        return result  # type: ignore[return-value]
+
+    def check_same(self, values: dict[str, Any]) -> None:
+        """Raise ConfigError on every rank unless all ranks hold the same `values`. Every rank calls."""
+        everyone = self.gather(values)
+        for key in values:
+            found = [json.dumps(theirs.get(key)) for theirs in everyone]
+            different = [rank for rank, text in enumerate(found) if text != found[0]]
+            if different:
+                rank = different[0]
+                raise ConfigError(
+                    f"{key}: rank 0 has {found[0]} and rank {rank} has {found[rank]}, expected the same on every rank; "
+                    "start all machines with the same files and arguments"
+                )
+
+    def close(self) -> None:
+        """Leave the process group in step with the other ranks. Every rank calls, with nothing left that uses it."""
+        if self.size > 1:
+            gc.collect()
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def start(device: str) -> World:
+    """Find out who this process is, choose its device and join the others. Every rank calls, once, first.
+
+    `device` is the config's key. Raises EnvironmentError_ where the environment or the device cannot be used.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if given and not {"RANK", "WORLD_SIZE"} <= given.keys():
+        missing = ", ".join(name for name in ("RANK", "WORLD_SIZE") if name not in given)
+        raise EnvironmentError_(
+            f"environment: got {', '.join(given)} without {missing}; start with torchrun, or unset them for one process"
+        )
+    try:
+        rank, size = int(given.get("RANK", 0)), int(given.get("WORLD_SIZE", 1))
+        local_rank, local_size = int(given.get("LOCAL_RANK", rank)), int(given.get("LOCAL_WORLD_SIZE", size))
+    except ValueError:
+        raise EnvironmentError_(f"environment: got {given}, expected whole numbers; start with torchrun") from None
+    if not 0 <= rank < size:
+        raise EnvironmentError_(f"environment: got RANK={rank}, expected 0 to {size - 1} (WORLD_SIZE={size}); use torchrun")
+    chosen = choose_device(device, local_rank, size)
+    threads = choose_threads(local_size)
+    torch.set_num_threads(threads)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if size > 1:
+        join_group(chosen, size == local_size)
+    return World(rank, size, local_rank, local_size, chosen, threads)
+
+
+def choose_device(device: str, local_rank: int, size: int) -> torch.device:
+    """The device for this rank; raises EnvironmentError_ if it does not exist."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            device = "cuda"
+        else:
+            device = "mps" if torch.backends.mps.is_available() and size == 1 else "cpu"
+    if device == "mps":
+        if not torch.backends.mps.is_available():
+            raise EnvironmentError_("device: got mps, but this torch finds no Apple GPU; use device=auto or device=cpu")
+        if size > 1:
+            raise EnvironmentError_(f"device: got mps with {size} ranks, expected one process; use device=cpu")
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise EnvironmentError_(
+                f"device: got {device}, but this torch ({torch.__version__}) finds no NVIDIA GPU; use device=auto or device=cpu"
+            )
+        if ":" in device and size > 1:
+            raise EnvironmentError_(f"device: got {device} with {size} ranks, expected cuda: each rank takes its own GPU")
+        index = int(device.partition(":")[2] or local_rank)
+        if index >= torch.cuda.device_count():
+            raise EnvironmentError_(
+                f"device: got cuda:{index}, but this machine has {torch.cuda.device_count()} GPU(s); "
+                "start at most one rank for each"
+            )
+        return torch.device("cuda", index)
+    return torch.device(device)
+
+
+def choose_threads(local_size: int) -> int:
+    """OMP_NUM_THREADS if the user set it, else this machine's processors shared among its ranks."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    by_torchrun = given == "1" and local_size > 1  # torchrun's default, whatever the number of processors
+    if given.isdigit() and int(given) > 0 and not by_torchrun:
+        return int(given)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // local_size)
+
+
+def join_group(device: torch.device, one_machine: bool) -> None:
+    """Start the process group: gloo for CPU tensors, NCCL for GPU tensors."""
+    if one_machine and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo has no authentication: keep it off the network
+    backend, device_id = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+    try:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device_id)
+    except (RuntimeError, ValueError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).splitlines()[0]
+        raise EnvironmentError_(
+            f"process group: could not meet the other ranks at {address} ({reason}); start all ranks with torchrun"
+        ) from None
+
+
+def is_interactive() -> bool:
+    """Whether a person watches standard error on a terminal that can redraw a line."""
+    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def wandb_logged_in() -> bool:
+    """Whether Weights & Biases has credentials here, found out without importing it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    for name in (".netrc", "_netrc"):
+        try:
+            with open(os.path.join(os.path.expanduser("~"), name), encoding="utf-8") as file:
+                if "api.wandb.ai" in file.read():
+                    return True
+        except (OSError, UnicodeDecodeError):
+            pass
+    return False
