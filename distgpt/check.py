@@ -98,7 +98,7 @@ def refuse_changes(config: Config, tokens: Tokens, found: Checkpoint) -> None:
     ]
     facts = {
         "global_batch_size": (config.sequences_per_step, found.state["sequences_per_step"]),
-        "data": (f"tokens {tokens.fingerprint} ({tokens.path})", f"tokens {found.state['tokens']}"),
+        "data": (f"tokens {tokens.fingerprint}", f"tokens {found.state['tokens']}"),
         "order of sequences": (f"version {ORDER_VERSION}", f"version {found.state['order_version']}"),
     }
     lines += [
@@ -134,11 +134,17 @@ def finished_results(output_dir: Path, step: int, config: Config) -> dict[str, A
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Check a config, its tokens and its output folder without starting the run. Prints nothing if all is well."""
+    """Check a config, its tokens and its output folder without starting the run."""
     parser = configs.config_parser("python -m distgpt.check", str(main.__doc__))
     parser.add_argument("--fresh", action="store_true", help="ignore an earlier run in output_dir")
+    parser.add_argument("--print-device", action="store_true", help="print the config's device, for scripts")
     options = parser.parse_intermixed_args(arguments)
-    check(configs.load(options.config, options.overrides), options.fresh)
+    config = configs.load(options.config, options.overrides)
+    start = check(config, options.fresh)
+    if options.print_device:
+        print(config.device)
+    else:
+        print(f"{options.config}: sound; {len(start.tokens.train):,} training tokens in {start.tokens.path}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,9 @@ def save(
     world.gather(None)  # no rank writes before the folder is there
     writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)  # flushes each file to disk
     tensors, _ = split_state(model, optimizer)
-    dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as intended
+        dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
     world.gather(None)  # no rank's file is missing from the manifest
     if world.is_first:
         write_durably(partial / STATE, json.dumps(state, indent=2).encode())
@@ -138,7 +141,9 @@ def load(checkpoint: Checkpoint, model: DecoderLM, optimizer: torch.optim.Optimi
 
     tensors, scalars = split_state(model, optimizer)
     reader = dcp.HuggingFaceStorageReader(str(checkpoint.path))
-    dcp.load(tensors, storage_reader=reader, no_dist=world.size == 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=reader, no_dist=world.size == 1)
     whole = tensors | scalars
     parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}}
     for name, value in whole.items():
