@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distgpt import checkpoint, config as configs
+from distgpt import checkpoint
+from distgpt import config as configs
 from distgpt.checkpoint import Checkpoint
 from distgpt.config import Config
 from distgpt.corpus import ORDER_VERSION, Tokens, open_corpus
-
-from distgpt.errors import CheckpointError, ConfigError, EnvironmentError_, run_command
+from distgpt.errors import CheckpointError, ConfigError, MachineError, run_command
 from distgpt.tokenizer import Tokenizer, load_tokenizer
 
 MAY_CHANGE = {
@@ -35,7 +35,7 @@ MAY_CHANGE = {
     "wandb",
     "data",
 }
-"""Keys that a run may be continued with another value of. Of the batch keys and data, what they come to may not change."""
+"""Keys that may change when a run goes on. Of the batch keys and `data`, what they come to may not."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,16 @@ def check(config: Config, fresh: bool) -> Start:
 
 
 def check_output_dir(output_dir: Path) -> None:
-    """Raise EnvironmentError_ if the output folder could not be written to."""
+    """Raise MachineError if the output folder could not be written to."""
     existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise EnvironmentError_(f"output_dir: {existing} is a file, expected a folder; choose another output_dir")
+        raise MachineError(f"output_dir: {existing} is a file, expected a folder; choose another output_dir")
     try:
         probe = existing / f".distgpt-write-test-{id(output_dir)}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise EnvironmentError_(f"output_dir: cannot write in {existing}: {error.strerror}; choose another") from None
+        raise MachineError(f"output_dir: cannot write in {existing}: {error.strerror}; choose another") from None
 
 
 def refuse_changes(config: Config, tokens: Tokens, found: Checkpoint) -> None:

@@ -49,7 +49,7 @@ class Checkpoint:
 
 def newest(output_dir: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and a line for each newer one that does not."""
-    rejected = []
+    rejected: list[str] = []
     for step, path in sorted(on_disk(output_dir), reverse=True):
         try:
             return Checkpoint(path, step, verify(path)), rejected
@@ -70,10 +70,14 @@ def verify(path: Path) -> dict[str, Any]:
     """Compare every file of a checkpoint with its manifest; return its state. Raises CheckpointError."""
     manifest = read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {manifest.get('format')}, expected {FORMAT}; use the distgpt that wrote it")
+        raise CheckpointError(
+            f"{path}: format {manifest.get('format')}, expected {FORMAT}; use the distgpt that wrote it"
+        )
     for name, expected in manifest["files"].items():
         if (found := describe_file(path / name)) != expected:
-            raise CheckpointError(f"{path / name}: damaged (got {found}, expected {expected}); restore or delete {path}")
+            raise CheckpointError(
+                f"{path / name}: damaged (got {found}, expected {expected}); restore or delete {path}"
+            )
     return read_json(path / STATE)
 
 
@@ -106,8 +110,9 @@ def save(
     keep: int,
     world: World,
 ) -> None:
-    """Save a checkpoint and delete all but the newest `keep`. Every rank calls; each writes its share of the tensors."""
-    import torch.distributed.checkpoint as dcp
+    """Save a checkpoint, then delete all but the newest `keep`. Every rank calls; each writes its share."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
     target = output_dir / "checkpoints" / f"step-{step:08d}"
     partial = target.with_name(f".{target.name}.partial")
@@ -115,11 +120,11 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     world.gather(None)  # no rank writes before the folder is there
-    writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)  # flushes each file to disk
+    writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)  # flushes each file to disk
     tensors, _ = split_state(model, optimizer)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as intended
-        dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
+        save_tensors(tensors, storage_writer=writer, no_dist=world.size == 1)
     world.gather(None)  # no rank's file is missing from the manifest
     if world.is_first:
         write_durably(partial / STATE, json.dumps(state, indent=2).encode())
@@ -136,14 +141,15 @@ def save(
 
 def load(checkpoint: Checkpoint, model: DecoderLM, optimizer: torch.optim.Optimizer, world: World) -> None:
     """Put a checkpoint's tensors into the model and its optimizer. Every rank calls, with any number of ranks."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
     tensors, scalars = split_state(model, optimizer)
-    reader = dcp.HuggingFaceStorageReader(str(checkpoint.path))
+    reader = HuggingFaceStorageReader(str(checkpoint.path))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=reader, no_dist=world.size == 1)
+        load_tensors(tensors, storage_reader=reader, no_dist=world.size == 1)
     whole = tensors | scalars
     parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}}
     for name, value in whole.items():
@@ -155,7 +161,7 @@ def load(checkpoint: Checkpoint, model: DecoderLM, optimizer: torch.optim.Optimi
 
 
 def split_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Model and optimizer as flat tensors, and the optimizer's settings, which come from the config and are not saved."""
+    """Model and optimizer as flat tensors, and the optimizer's settings, which the config gives and no file holds."""
     import torch
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
@@ -164,7 +170,7 @@ def split_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dic
     )
 
     options = StateDictOptions(flatten_optimizer_state_dict=True)
-    state = {f"model.{name}": value for name, value in get_model_state_dict(model).items()}
+    state: dict[str, Any] = {f"model.{name}": value for name, value in get_model_state_dict(model).items()}
     optimizer_state = get_optimizer_state_dict(model, optimizer, options=options)
     state |= {f"optimizer.{name}": value for name, value in optimizer_state.items()}
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
@@ -189,7 +195,9 @@ def load_trained(output_dir: Path) -> tuple[DecoderLM, Tokenizer, configs.Config
 
     if not (output_dir / WEIGHTS).is_file():
         known = f"{output_dir} holds an unfinished run: run the same training command again to finish it"
-        unknown = f"{output_dir} holds no trained model: give the output_dir of a finished run, such as outputs/GPT-tiny"
+        unknown = (
+            f"{output_dir} holds no trained model: give the output_dir of a finished run, such as outputs/GPT-tiny"
+        )
         raise CheckpointError(known if any(on_disk(output_dir)) else unknown)
     config = configs.load(output_dir / "config.yaml")
     tokenizer = load_saved(output_dir / TOKENIZER)

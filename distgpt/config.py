@@ -29,14 +29,10 @@ Steps = Annotated[int, Strict(), Field(ge=1, le=10**9)]
 Rate = Annotated[float, Strict(), Field(ge=0, le=10)]
 Fraction = Annotated[float, Strict(), Field(ge=0, lt=1)]
 
-section = dataclass(
-    frozen=True,
-    kw_only=True,
-    config=ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True),
-)
+SETTINGS = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-@section
+@dataclass(frozen=True, kw_only=True, config=SETTINGS)
 class ModelConfig:
     """The decoder's sizes, and what follows from them in closed form."""
 
@@ -64,7 +60,7 @@ class ModelConfig:
         return 6 * matmul_weights + 12 * self.n_layer * self.n_embd * seq_len
 
 
-@section
+@dataclass(frozen=True, kw_only=True, config=SETTINGS)
 class OptimizerConfig:
     """AdamW (Loshchilov & Hutter 2019)."""
 
@@ -80,7 +76,7 @@ class OptimizerConfig:
     """Largest global gradient norm; larger gradients are scaled down to it."""
 
 
-@section
+@dataclass(frozen=True, kw_only=True, config=SETTINGS)
 class EvalConfig:
     """Validation during training; the run's last step is always followed by one over all validation tokens."""
 
@@ -90,7 +86,7 @@ class EvalConfig:
     """Most validation tokens scored each time during training."""
 
 
-@section
+@dataclass(frozen=True, kw_only=True, config=SETTINGS)
 class CheckpointConfig:
     """Checkpoints, from which the same command goes on."""
 
@@ -100,7 +96,7 @@ class CheckpointConfig:
     """Newest checkpoints kept; older ones are deleted."""
 
 
-@section
+@dataclass(frozen=True, kw_only=True, config=SETTINGS)
 class Config:
     """One run. With the tokens and the seed it determines what is computed; the number of ranks does not."""
 
@@ -254,12 +250,12 @@ def compose(text: str, source_name: str) -> yaml.Node | None:
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
-                line = event.start_mark.line + 1
+                line = event.start_mark.line + 1 if event.start_mark else 1
                 raise ConfigError(f"{source_name}:{line}: got an alias (*), which configs do not use; repeat the value")
         node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
         return node
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        mark = error.problem_mark
         place = f"{source_name}:{mark.line + 1}" if mark else source_name
         raise ConfigError(f"{place}: not valid YAML: {error.problem}; expected `key: value` lines") from None
     except yaml.reader.ReaderError as error:
@@ -294,7 +290,7 @@ def convert(node: yaml.Node, key: Key, source_name: str, source: Source) -> Any:
                 values[name] = convert(child, (*key, name), source_name, source)
         return values
     text = str(node.value)
-    if node.style in ("'", '"', "|", ">"):
+    if isinstance(node, yaml.ScalarNode) and node.style is not None:  # quoted or a block
         return text
     if text.lower() in YAML_1_1_BOOLEANS:
         source.ambiguous.add(key)
@@ -335,7 +331,7 @@ def dotted(key: Sequence[str | int]) -> str:
 
 def validate(source: Source, path: str) -> Config | None:
     """Check types, ranges and how keys fit together; problems are added to `source`."""
-    described = {key: field for key, field in walk_keys()}
+    described = dict(walk_keys())
     for key in sorted(source.ambiguous):
         field = described.get(key)
         if field is not None and field.kind == "text":
@@ -355,9 +351,9 @@ def validate(source: Source, path: str) -> Config | None:
 
 def explain(detail: dict[str, Any], source: Source, path: str, described: Mapping[Key, KeyInfo]) -> str:
     """One line for one of pydantic's findings."""
-    key: Key = tuple(str(part) for part in detail["loc"] if str(part) in {name for k in described for name in k}) or tuple(
-        map(str, detail["loc"])
-    )
+    key: Key = tuple(
+        str(part) for part in detail["loc"] if str(part) in {name for k in described for name in k}
+    ) or tuple(map(str, detail["loc"]))
     place = source.places.get(key, path)
     if detail["type"] == "unexpected_keyword_argument":
         return f"{place}: {dotted(key)}: unknown key{suggestion(key, described)}"
@@ -373,7 +369,11 @@ def explain(detail: dict[str, Any], source: Source, path: str, described: Mappin
 
 def shown(value: Any) -> str:
     """A value as the user would recognise it, cut if long."""
-    text = {True: "true", False: "false", None: "nothing (null)"}.get(value) if not isinstance(value, (int, float, dict, list)) or isinstance(value, bool) else None
+    text = (
+        {True: "true", False: "false", None: "nothing (null)"}.get(value)
+        if not isinstance(value, (int, float, dict, list)) or isinstance(value, bool)
+        else None
+    )
     text = text or (f"{value!r} (text)" if isinstance(value, str) else str(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -416,7 +416,8 @@ def conflicts(config: Config, source: Source, path: str) -> Iterator[str]:
         )
     if config.min_lr > config.max_lr:
         yield line(
-            "min_lr", f"got {config.min_lr:g}, expected at most max_lr = {config.max_lr:g}; lower one or raise the other"
+            "min_lr",
+            f"got {config.min_lr:g}, expected at most max_lr = {config.max_lr:g}; lower one or raise the other",
         )
     implied = config.batch_size * config.grad_accumulation_steps
     if config.grad_accumulation_steps > 1 and config.global_batch_size not in (None, implied):
@@ -457,7 +458,7 @@ def walk_keys(cls: type = Config, prefix: Key = ()) -> Iterator[tuple[Key, KeyIn
             default = ""
         else:
             default = "null" if field.default is None else str(field.default)
-        if "device" == name:
+        if name == "device":
             allowed = "auto, cpu, cuda, cuda:N or mps"
         yield (*prefix, name), KeyInfo(kind, allowed, default, field.description or "")
         if nested is not None:

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from distgpt.config import Config
-from distgpt.errors import DataError, EnvironmentError_
+from distgpt.errors import DataError, MachineError
 from distgpt.shards import TokenArray, open_tokens, smallest_dtype, write_npz
 from distgpt.tokenizer import Tokenizer
 
@@ -60,9 +60,13 @@ def open_corpus(config: Config, tokenizer: Tokenizer) -> Tokens:
     arrays = open_tokens(path)
     for name in ("train", "val"):
         if name not in arrays:
-            raise DataError(f"{path}: has arrays {', '.join(sorted(arrays)) or 'none'}, expected train and val; add {name}")
+            raise DataError(
+                f"{path}: has arrays {', '.join(sorted(arrays)) or 'none'}, expected train and val; add {name}"
+            )
         if len(arrays[name]) < 2:
-            raise DataError(f"{path}: {name} has {len(arrays[name])} tokens, expected at least 2; make the tokens again")
+            raise DataError(
+                f"{path}: {name} has {len(arrays[name])} tokens, expected at least 2; make the tokens again"
+            )
     tokens = Tokens(path, arrays["train"], arrays["val"], note)
     tokens.train.check(tokenizer.n_vocab, CHECKED_AT_START)
     tokens.val.check(tokenizer.n_vocab, CHECKED_AT_START)
@@ -83,15 +87,16 @@ def window_count(tokens: int, seq_len: int) -> int:
 def sample_corpus_path(encoding: str) -> Path:
     """Where the sample corpus for this Python and this encoding is kept."""
     name = "".join(c if c.isalnum() else "-" for c in Path(encoding).stem)
-    return DEFAULT_DATA.parent / f"sample-py{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}-{name}.npz"
+    python = ".".join(map(str, sys.version_info[:3]))
+    return DEFAULT_DATA.parent / f"sample-py{python}-{name}.npz"
 
 
 def make_sample_corpus(path: Path, tokenizer: Tokenizer) -> None:
-    """Encode the standard library's own source, without its tests, one file in 20 held out; the same on every machine."""
+    """Encode the standard library's own source without its tests, one file in 20 held out."""
     texts = sample_texts()
     if len(texts) < 2 * VAL_EVERY:
-        raise EnvironmentError_(
-            f"found {len(texts)} source files in Python's standard library, expected hundreds, to make a sample corpus; "
+        raise MachineError(
+            f"found {len(texts)} source files in Python's standard library, too few for a sample corpus; "
             "set data to an .npz file with arrays train and val"
         )
     parts: dict[str, list[int]] = {"train": [], "val": []}
@@ -104,7 +109,9 @@ def make_sample_corpus(path: Path, tokenizer: Tokenizer) -> None:
     try:
         write_npz(path, {name: np.array(ids, dtype=dtype) for name, ids in parts.items()})
     except OSError as error:
-        raise EnvironmentError_(f"{path}: cannot write the sample corpus: {error.strerror}; set data to a token file") from None
+        raise MachineError(
+            f"{path}: cannot write the sample corpus: {error.strerror}; set data to a token file"
+        ) from None
 
 
 def sample_texts() -> list[str]:
@@ -122,5 +129,3 @@ def sample_texts() -> list[str]:
         if text.strip():
             texts[hashlib.sha256(text.encode()).hexdigest()] = text
     return [text for _, text in sorted(texts.items())]
-
-

@@ -1,7 +1,7 @@
 """Which tokens this rank reads at step s, and getting them to the device in time.
 
-Order is arithmetic, not state: sequence p of the run (p = 0, 1, 2, ...) is window `permutation(seed, epoch)[p % windows]`
-of epoch p // windows. Step s takes sequences [s G, (s + 1) G); rank r of w takes every w-th of them. So a resume needs
+Order is arithmetic, not state: sequence p of a run (p = 0, 1, 2, ...) is window permutation(seed, epoch)[p % windows],
+epoch = p // windows. Step s takes sequences [s G, (s + 1) G); rank r of w takes every w-th of them. So a resume needs
 only the step number, and any number of ranks reads the same sequences at the same step.
 
 `python -m distgpt.data PATH` checks and shows any token file.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -65,7 +66,7 @@ def permute(indices: np.ndarray, size: int, key: str) -> np.ndarray:
     return result.astype(np.int64)
 
 
-def mix(x: np.ndarray) -> np.ndarray:
+def mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Scramble 64-bit words: the finaliser of SplitMix64 (Steele, Lea & Flood 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -105,7 +106,9 @@ class ShuffledReader:
         for size in self.plan.micro_batches(self.rank):
             chosen = windows[first : first + size]
             first += size
-            batches.append(to_batch([self.tokens.read(w * T, (w + 1) * T + 1, self.n_vocab) for w in chosen], T, size or 1))
+            batches.append(
+                to_batch([self.tokens.read(w * T, (w + 1) * T + 1, self.n_vocab) for w in chosen], T, size or 1)
+            )
         return batches
 
     def steps(self, first: int, last: int, device: torch.device) -> Iterator[list[Batch]]:
@@ -131,7 +134,13 @@ class ShuffledReader:
 
 
 def held_out_batches(
-    tokens: TokenArray, n_vocab: int, seq_len: int, batch_size: int, rank: int, ranks: int, max_tokens: int | None = None
+    tokens: TokenArray,
+    n_vocab: int,
+    seq_len: int,
+    batch_size: int,
+    rank: int,
+    ranks: int,
+    max_tokens: int | None = None,
 ) -> Iterator[Batch]:
     """This rank's share of a stream read in order: over all ranks each token but the first is a target exactly once.
 
@@ -173,7 +182,9 @@ def main(arguments: Sequence[str]) -> None:
         raise DataError(f"{options.path}: holds no arrays, expected train and val; make it with numpy.savez")
     for name, tokens in arrays.items():
         tokens.check(tokenizer.n_vocab)
-        print(f"{name}: {len(tokens):,} tokens ({tokens.dtype}), {window_count(len(tokens), options.seq_len):,} windows")
+        print(
+            f"{name}: {len(tokens):,} tokens ({tokens.dtype}), {window_count(len(tokens), options.seq_len):,} windows"
+        )
         start = tokenizer.decode(tokens.read(0, min(len(tokens), 24), tokenizer.n_vocab).tolist())
         print(f"  begins {start!r}")
 

@@ -1,4 +1,4 @@
-"""What ends a command early: the kinds of error a user can cause, their exit codes, and one line instead of a traceback.
+"""What ends a command early: the errors a user can cause, their exit codes, and one line instead of a traceback.
 
 Exit codes: 0 done, 1 a bug of ours, 2 config, 3 data, 4 checkpoint, 5 numerics, 6 environment, 130 interrupted.
 """
@@ -40,7 +40,7 @@ class NumericsError(UserError):
     exit_code = 5
 
 
-class EnvironmentError_(UserError):
+class MachineError(UserError):
     """A machine, folder, library or network that lacks what the command needs."""
 
     exit_code = 6
@@ -65,7 +65,7 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        sys.stdout = None  # type: ignore[assignment]  # the reader has gone (`| head`): nothing to flush
+        sys.stdout = None  # the reader has gone (`| head`): nothing to flush
         return 0
 
 

@@ -65,7 +65,7 @@ def evaluate(
     world: World,
     max_tokens: int | None = None,
 ) -> Score:
-    """Score `model` on each target of a stream once, in windows of `seq_len`. Every rank calls, every rank gets the total."""
+    """Score `model` on each target of a stream once, in windows of `seq_len`. Every rank calls and gets the total."""
     training = model.training
     model.eval()
     sizes_V = torch.from_numpy(tokenizer.bytes_per_token())
@@ -83,7 +83,7 @@ def evaluate(
 
 
 def open_held_out(source: str | None, config: Config, tokenizer: Tokenizer) -> tuple[TokenArray, str]:
-    """The tokens to score and where they are from: a token file's `val` (or only array), or a text; default the run's."""
+    """The tokens to score and their name: a token file's `val` (or first array), a text, or by default the run's."""
     if source is None:
         tokens = open_corpus(config, tokenizer)
         return tokens.val, f"{tokens.path} (val)"

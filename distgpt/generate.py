@@ -68,7 +68,7 @@ def generate(
     sampling: Sampling,
     generators: Sequence[torch.Generator],
 ) -> tuple[list[list[int]], list[float]]:
-    """New token ids for each prompt (not empty), and the summed loss in nats of each prompt's own tokens after its first.
+    """New token ids for each prompt (none empty), and the summed loss in nats of each prompt's tokens after its first.
 
     A row ends at end-of-text (not returned), at `max_new_tokens`, or when it fills the model's n_positions.
     """
@@ -106,7 +106,7 @@ def read_prefixes(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise DataError(f"{path}: cannot read: {error.strerror}; give a file with a {{\"prefix\": ...}} a line") from None
+        raise DataError(f'{path}: cannot read: {error.strerror}; give a file with a {{"prefix": ...}} a line') from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     prefixes = []

@@ -25,19 +25,17 @@ def plain_loss(x_PD: Tensor, weight_VD: Tensor, targets_P: Tensor, n_vocab: int)
     return F.cross_entropy(logits_PV.float(), targets_P, ignore_index=IGNORED, reduction="sum")
 
 
-def tiled_loss(
-    x_PD: Tensor, weight_VD: Tensor, targets_P: Tensor, n_vocab: int, exp_rows: ExpRows
-) -> Tensor:
+def tiled_loss(x_PD: Tensor, weight_VD: Tensor, targets_P: Tensor, n_vocab: int, exp_rows: ExpRows) -> Tensor:
     """`plain_loss`, a tile of positions at a time, with both gradients formed while the tile is at hand.
 
     Memory is one tile of logits instead of P x V; time is three matmuls and one exponential a logit. Computes in
     the autocast dtype where autocast is on; sums and the weight's gradient are kept in fp32 (fp64 for fp64 input).
     """
-    if torch.is_autocast_enabled(x_PD.device.type):
-        dtype = torch.get_autocast_dtype(x_PD.device.type)
-    else:
-        dtype = x_PD.dtype
-    loss: Tensor = TiledLoss.apply(x_PD, weight_VD, targets_P, n_vocab, dtype, exp_rows)
+    device_type = x_PD.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x_PD.dtype
+    loss: Tensor = TiledLoss.apply(  # type: ignore[no-untyped-call]
+        x_PD, weight_VD, targets_P, n_vocab, dtype, exp_rows
+    )
     return loss
 
 
@@ -49,7 +47,7 @@ class TiledLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x_PD: Tensor,
         weight_VD: Tensor,
@@ -67,7 +65,7 @@ class TiledLoss(torch.autograd.Function):
         e_RV, dw_tile_DV = torch.empty_like(logits_RV), narrow_x_PD.new_empty(D, V)
         dx_PD, dw_DV = torch.empty_like(x_PD, dtype=wide), x_PD.new_zeros(D, V, dtype=wide)
         losses_P = x_PD.new_empty(P, dtype=wide)
-        for tile in zip(*(t.split(R) for t in (narrow_x_PD, targets_P, real_P, losses_P, dx_PD)), strict=True):
+        for tile in zip(*(torch.split(t, R) for t in (narrow_x_PD, targets_P, real_P, losses_P, dx_PD)), strict=True):
             x_RD, targets_R, real_R, losses_R, dx_RD = tile
             logits_RV, e_RV = logits_RV[: len(x_RD)], e_RV[: len(x_RD)]
             torch.mm(x_RD, narrow_weight_VD.T, out=logits_RV)
@@ -87,7 +85,7 @@ class TiledLoss(torch.autograd.Function):
         return losses_P.sum()
 
     @staticmethod
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         dx_PD, dw_VD = ctx.saved_tensors
         return dx_PD * d_loss, dw_VD * d_loss, None, None, None, None
 

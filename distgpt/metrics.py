@@ -1,4 +1,4 @@
-"""Numbers measured and written: the terminal, `metrics.jsonl`, Weights & Biases. Only rank 0 holds a `Log` that speaks."""
+"""Numbers measured and written: the terminal, `metrics.jsonl`, Weights & Biases. Only the `Log` of rank 0 speaks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def device_name(device: torch.device) -> str:
     """What people call the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    if device.type == "cpu" and os.path.exists("/proc/cpuinfo"):
+    if device.type == "cpu" and Path("/proc/cpuinfo").exists():
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             for line in file:
                 if line.startswith("model name"):
@@ -219,7 +219,9 @@ class WandbThread:
                 run.log(record, step=record["step"])
             run.finish()
         except Exception as error:  # whatever a missing package or network raises
-            self.failure = f"stopped ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''})"
+            self.failure = (
+                f"stopped ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''})"
+            )
 
     def send(self, record: dict[str, Any]) -> None:
         """Queue a record; dropped where the queue is full or the thread has failed."""

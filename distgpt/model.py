@@ -10,10 +10,9 @@ import hashlib
 import math
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from distgpt.loss import ExpRows, plain_loss, tiled_loss
 
@@ -24,7 +23,7 @@ TOKEN_ROWS = "token_embedding.weight"
 
 
 class KeyValueCache:
-    """The keys and values of the positions already read, one slot a layer, so that generating a token costs one position.
+    """The keys and values of positions already read, a slot for each layer: a new token costs one position.
 
     `n_rows` sequences share the same columns: they are left-padded to end together.
     """
@@ -83,7 +82,8 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, mask_BNTS: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), mask_BNTS, cache))
         h_BTF = F.gelu(self.mlp_up(self.mlp_norm(x_BTD)), approximate="tanh")
-        return x_BTD + self.dropout(self.mlp_down(h_BTF))
+        x_BTD = x_BTD + self.dropout(self.mlp_down(h_BTF))
+        return x_BTD
 
 
 class Head(nn.Module):
@@ -182,9 +182,9 @@ class DecoderLM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """GPT-2's initialisation (Radford et al. 2019, section 2.3): N(0, 0.02), residual projections / sqrt(2 n_layer).
+        """GPT-2's initial weights (Radford et al. 2019, section 2.3): N(0, 0.02), residual ones / sqrt(2 n_layer).
 
-        Each parameter has a generator of its own, seeded by (seed, name), so that any layout starts from the same values.
+        Each parameter has a generator of its own, seeded by (seed, name), so that any layout starts alike.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):

@@ -20,9 +20,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
-def learning_rate(
-    step: int, num_warmup_steps: int, num_training_steps: int, min_lr: float, max_lr: float
-) -> float:
+def learning_rate(step: int, num_warmup_steps: int, num_training_steps: int, min_lr: float, max_lr: float) -> float:
     """Linear warm-up to `max_lr`, then half a cosine down to `min_lr` (Loshchilov & Hutter 2017, section 3).
 
     Step 0 gives 0 where there is a warm-up; from `num_training_steps` on the value is `min_lr`.

@@ -35,7 +35,8 @@ class Execution:
 
 def decide(config: Config, n_vocab: int, world: World, may_compile: bool = True) -> Execution:
     """Resolve `precision` and `compile` for this machine; rank 0 decides for all."""
-    precision, compiled = config.precision, may_compile and config.compile == "on"
+    precision: str = config.precision
+    compiled = may_compile and config.compile == "on"
     if precision == "auto":
         precision = "bf16" if multiplies_bf16(world.device) else "fp32"
     if config.compile == "auto" and may_compile and world.is_first:
@@ -43,18 +44,18 @@ def decide(config: Config, n_vocab: int, world: World, may_compile: bool = True)
         flops = tokens * config.model_config.flops_per_token(n_vocab, config.seq_len)
         seconds = flops / EAGER_FLOPS.get(world.device.type, float("inf"))
         compiled = seconds > COMPILE_PAYS_SECONDS and can_compile(world.device)
-    return Execution(*world.from_first([precision, compiled]))
+    return Execution(precision, world.from_first(compiled))
 
 
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether bf16 matmuls run in hardware: elsewhere they are emulated, slower than fp32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works here, found out by compiling one line; it needs a C++ compiler (or triton) and headers."""
+    """Whether torch.compile works here, found out by compiling one line; it needs a C++ compiler or triton."""
     try:
         compiled = torch.compile(lambda x: x.exp() + 1, dynamic=False)
         return bool(torch.isfinite(compiled(torch.zeros(64, device=device))).all())

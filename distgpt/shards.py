@@ -68,7 +68,7 @@ class TokenArray:
         return tokens
 
     def check(self, n_vocab: int, limit: int | None = None) -> None:
-        """Read everything (or, past `limit` tokens, that many in evenly spaced stretches) and raise what `read` raises."""
+        """Read everything (past `limit` tokens: about that many, evenly spread) and raise what `read` raises."""
         starts = range(0, self.length, SCAN_TOKENS)
         if limit is not None and self.length > limit:
             starts = starts[:: -(-self.length // limit)]
@@ -119,7 +119,7 @@ def open_npz(path: Path) -> dict[str, TokenArray]:
 
 
 def member_start(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
-    """Byte at which a stored member's content starts: past the local header, whose lengths differ from the directory's."""
+    """Byte at which a stored member's content starts: after its local header, which the directory does not describe."""
     assert archive.fp is not None
     archive.fp.seek(member.header_offset)
     header = archive.fp.read(30)

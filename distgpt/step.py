@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +48,7 @@ def train_step(
     grad_norm = nn.utils.clip_grad_norm_(running.parameters(), grad_clip)
     optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]
     optimizer.step()
-    return StepResult(loss_sum, cast(Tensor, grad_norm))
+    return StepResult(loss_sum, grad_norm)
 
 
 def warm_up(running: nn.Module, batches: list[Batch], world: World) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import tiktoken
 from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 
-from distgpt.errors import CheckpointError, ConfigError, EnvironmentError_
+from distgpt.errors import CheckpointError, ConfigError, MachineError
 
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 """Of the embedded rank file; the hash that tiktoken pins for the same file."""
@@ -63,7 +63,7 @@ class Tokenizer:
 def load_tokenizer(encoding: str) -> Tokenizer:
     """The tokenizer that `tokenizer_encoding` names: gpt2 (embedded), bytes, a .tiktoken file, or one of tiktoken's.
 
-    Raises ConfigError for a name or file that is none, EnvironmentError_ when tiktoken cannot download its file.
+    Raises ConfigError for a name or file that is none, MachineError when tiktoken cannot download its file.
     """
     if encoding == "gpt2":
         return build("gpt2", r50k_pat_str, embedded_ranks(), {})
@@ -82,7 +82,7 @@ def load_tokenizer(encoding: str) -> Tokenizer:
     try:
         return Tokenizer(tiktoken.get_encoding(encoding))
     except Exception as error:  # requests, OSError, ValueError: whatever the download failed with
-        raise EnvironmentError_(
+        raise MachineError(
             f"tokenizer_encoding: {encoding} is not on this machine and its download failed ({type(error).__name__}); "
             "fetch it once with a network (TIKTOKEN_CACHE_DIR names the folder to copy), or use gpt2, which needs none"
         ) from None
@@ -109,7 +109,7 @@ def embedded_ranks() -> dict[bytes, int]:
     packed = resources.files("distgpt").joinpath("assets/gpt2.tiktoken.xz").read_bytes()
     raw = lzma.decompress(packed)
     if hashlib.sha256(raw).hexdigest() != GPT2_SHA256:
-        raise EnvironmentError_("distgpt/assets/gpt2.tiktoken.xz is damaged (sha256 differs); reinstall distgpt")
+        raise MachineError("distgpt/assets/gpt2.tiktoken.xz is damaged (sha256 differs); reinstall distgpt")
     return parse_ranks(raw)
 
 

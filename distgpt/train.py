@@ -11,14 +11,15 @@ import json
 import math
 import secrets
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distgpt import checkpoint, config as configs, world as worlds
+from distgpt import checkpoint
+from distgpt import config as configs
+from distgpt import world as worlds
 from distgpt.check import Start, check
 from distgpt.checkpoint import Checkpoint
 from distgpt.config import BatchPlan, Config, count
@@ -35,7 +36,7 @@ from distgpt.world import World
 
 
 def train(config: Config, fresh: bool, world: World) -> None:
-    """Train until `num_training_steps`, from the newest checkpoint in `output_dir` if there is one. Every rank calls."""
+    """Train until `num_training_steps`, from the newest checkpoint in `output_dir` if any. Every rank calls."""
     start = world.first_rank_first(lambda: check(config, fresh))
     output_dir = Path(config.output_dir)
     if start.results is not None:

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from distgpt import errors
-from distgpt.errors import ConfigError, EnvironmentError_, UserError
+from distgpt.errors import ConfigError, MachineError, UserError
 
 T = TypeVar("T")
 
@@ -67,9 +68,7 @@ class World:
         padded[: len(raw)] = raw
         parts = [torch.zeros_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded)
-        return [
-            json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)
-        ]
+        return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
 
     def from_first(self, value: T) -> T:
         """Rank 0's `value` (anything JSON holds), on every rank. Every rank calls."""
@@ -119,22 +118,22 @@ class World:
 def start(device: str) -> World:
     """Find out who this process is, choose its device and join the others. Every rank calls, once, first.
 
-    `device` is the config's key. Raises EnvironmentError_ where the environment or the device cannot be used.
+    `device` is the config's key. Raises MachineError where the environment or the device cannot be used.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     given = {name: os.environ[name] for name in names if name in os.environ}
     if given and not {"RANK", "WORLD_SIZE"} <= given.keys():
         missing = ", ".join(name for name in ("RANK", "WORLD_SIZE") if name not in given)
-        raise EnvironmentError_(
+        raise MachineError(
             f"environment: got {', '.join(given)} without {missing}; start with torchrun, or unset them for one process"
         )
     try:
         rank, size = int(given.get("RANK", 0)), int(given.get("WORLD_SIZE", 1))
         local_rank, local_size = int(given.get("LOCAL_RANK", rank)), int(given.get("LOCAL_WORLD_SIZE", size))
     except ValueError:
-        raise EnvironmentError_(f"environment: got {given}, expected whole numbers; start with torchrun") from None
+        raise MachineError(f"environment: got {given}, expected whole numbers; start with torchrun") from None
     if not 0 <= rank < size:
-        raise EnvironmentError_(f"environment: got RANK={rank}, expected 0 to {size - 1} (WORLD_SIZE={size}); use torchrun")
+        raise MachineError(f"environment: got RANK={rank}, expected 0 to {size - 1} (WORLD_SIZE={size}); use torchrun")
     chosen = choose_device(device, local_rank, size)
     threads = choose_threads(local_size)
     torch.set_num_threads(threads)
@@ -146,7 +145,7 @@ def start(device: str) -> World:
 
 
 def choose_device(device: str, local_rank: int, size: int) -> torch.device:
-    """The device for this rank; raises EnvironmentError_ if it does not exist."""
+    """The device for this rank; raises MachineError if it does not exist."""
     if device == "auto":
         if torch.cuda.is_available():
             device = "cuda"
@@ -154,19 +153,20 @@ def choose_device(device: str, local_rank: int, size: int) -> torch.device:
             device = "mps" if torch.backends.mps.is_available() and size == 1 else "cpu"
     if device == "mps":
         if not torch.backends.mps.is_available():
-            raise EnvironmentError_("device: got mps, but this torch finds no Apple GPU; use device=auto or device=cpu")
+            raise MachineError("device: got mps, but this torch finds no Apple GPU; use device=auto or device=cpu")
         if size > 1:
-            raise EnvironmentError_(f"device: got mps with {size} ranks, expected one process; use device=cpu")
+            raise MachineError(f"device: got mps with {size} ranks, expected one process; use device=cpu")
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
-            raise EnvironmentError_(
-                f"device: got {device}, but this torch ({torch.__version__}) finds no NVIDIA GPU; use device=auto or device=cpu"
+            raise MachineError(
+                f"device: got {device}, but this torch ({torch.__version__}) finds no NVIDIA GPU; "
+                "use device=auto or device=cpu"
             )
         if ":" in device and size > 1:
-            raise EnvironmentError_(f"device: got {device} with {size} ranks, expected cuda: each rank takes its own GPU")
+            raise MachineError(f"device: got {device} with {size} ranks, expected cuda: each rank takes its own GPU")
         index = int(device.partition(":")[2] or local_rank)
         if index >= torch.cuda.device_count():
-            raise EnvironmentError_(
+            raise MachineError(
                 f"device: got cuda:{index}, but this machine has {torch.cuda.device_count()} GPU(s); "
                 "start at most one rank for each"
             )
@@ -194,7 +194,7 @@ def join_group(device: torch.device, one_machine: bool) -> None:
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0]
-        raise EnvironmentError_(
+        raise MachineError(
             f"process group: could not meet the other ranks at {address} ({reason}); start all ranks with torchrun"
         ) from None
 
@@ -208,11 +208,10 @@ def wandb_logged_in() -> bool:
     """Whether Weights & Biases has credentials here, found out without importing it."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    for name in (".netrc", "_netrc"):
+    for name in ("~/.netrc", "~/_netrc"):
         try:
-            with open(os.path.join(os.path.expanduser("~"), name), encoding="utf-8") as file:
-                if "api.wandb.ai" in file.read():
-                    return True
-        except (OSError, UnicodeDecodeError):
+            if "api.wandb.ai" in Path(name).expanduser().read_text(encoding="utf-8"):
+                return True
+        except (OSError, RuntimeError, UnicodeDecodeError):  # no file, no home, not text
             pass
     return False
