@@ -22,7 +22,8 @@ TILE_BYTES = 64 * 2**20
 def plain_loss(x_PD: Tensor, weight_VD: Tensor, targets_P: Tensor, n_vocab: int) -> Tensor:
     """The sum over positions of -log softmax(x weight^T)[target] in nats (fp32 scalar), by autograd."""
     logits_PV = F.linear(x_PD, weight_VD[:n_vocab])
-    return F.cross_entropy(logits_PV.float(), targets_P, ignore_index=IGNORED, reduction="sum")
+    wide_PV = logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32))
+    return F.cross_entropy(wide_PV, targets_P, ignore_index=IGNORED, reduction="sum")
 
 
 def tiled_loss(x_PD: Tensor, weight_VD: Tensor, targets_P: Tensor, n_vocab: int, exp_rows: ExpRows) -> Tensor:

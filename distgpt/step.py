@@ -39,16 +39,16 @@ def train_step(
     Where the gradient is not finite the fused optimizer leaves the weights as they are, on all ranks alike.
     """
     optimizer.zero_grad(set_to_none=True)
-    loss_sum = torch.zeros((), device=world.device)
+    losses = []
     for index, batch in enumerate(batches):
         with synchronised(running, last=index == len(batches) - 1):
             loss = running(batch.ids_BT, targets_BT=batch.targets_BT)
             (loss * (world.size / tokens)).backward()
-        loss_sum += loss.detach()
+        losses.append(loss.detach())
     grad_norm = nn.utils.clip_grad_norm_(running.parameters(), grad_clip)
     optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]
     optimizer.step()
-    return StepResult(loss_sum, grad_norm)
+    return StepResult(torch.stack(losses).sum(), grad_norm)
 
 
 def warm_up(running: nn.Module, batches: list[Batch], world: World) -> None:
