@@ -192,7 +192,7 @@ def count(n: int, noun: str) -> str:
 
 MAX_CONFIG_BYTES = 2**16
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
-NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+NUMBER = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 CONSTANTS = {"true": True, "True": True, "false": False, "False": False, "null": None, "~": None, "": None}
 YAML_1_1_BOOLEANS = {"yes", "no", "on", "off", "y", "n"}
 
@@ -203,11 +203,16 @@ Key = tuple[str, ...]
 class Source:
     """Values as given, nested, with the place each came from; problems found so far."""
 
-    values: dict[str, Any]
-    places: dict[Key, str]
-    problems: list[str]
-    ambiguous: set[Key]
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    places: dict[Key, str] = dataclasses.field(default_factory=dict)
+    problems: list[tuple[Key, str]] = dataclasses.field(default_factory=list)
+    ambiguous: set[Key] = dataclasses.field(default_factory=set)
     """Keys given as an unquoted yes, no, on or off: text here, but booleans to other YAML readers."""
+
+    def report(self, key: Key, place: str, text: str) -> None:
+        """Add a problem, unless this key has one already: one mistake is one line."""
+        if not key or all(key != reported for reported, _ in self.problems):
+            self.problems.append((key, f"{place}: {dotted(key)}: {text}" if key else f"{place}: {text}"))
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -215,7 +220,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError with one line a problem, all of them at once.
     """
-    source = Source({}, {}, [], set())
+    source = Source()
     root = compose(read_text(path), str(path))
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}: got no `key: value` lines, expected a config such as configs/GPT-tiny.yaml")
@@ -224,7 +229,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         apply_override(override, source)
     config = validate(source, str(path))
     if source.problems:
-        raise ConfigError("\n".join(source.problems))
+        raise ConfigError("\n".join(line for _, line in source.problems))
     assert config is not None
     return config
 
@@ -272,20 +277,17 @@ def convert(node: yaml.Node, key: Key, source_name: str, source: Source) -> Any:
     if key:
         source.places[key] = place
     if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
-        source.problems.append(f"{place}: {dotted(key)}: got the tag {node.tag!r}, expected a plain value; remove it")
+        source.report(key, place, f"got the tag {node.tag!r}, expected a plain value; remove it")
         return None
     if isinstance(node, yaml.SequenceNode):
         return [convert(child, key, source_name, source) for child in node.value]
     if isinstance(node, yaml.MappingNode):
         values: dict[str, Any] = {}
         for name_node, child in node.value:
-            name = str(name_node.value)
+            name = str(name_node.value) if isinstance(name_node, yaml.ScalarNode) else "?"
             if name in values:
-                first = source.places[*key, name]
-                line = name_node.start_mark.line + 1
-                source.problems.append(
-                    f"{source_name}:{line}: {dotted((*key, name))}: given twice (first at {first}); remove one"
-                )
+                again = f"{source_name}:{name_node.start_mark.line + 1}"
+                source.report((*key, name), again, f"given twice (first at {source.places[*key, name]}); remove one")
             else:
                 values[name] = convert(child, (*key, name), source_name, source)
         return values
@@ -298,7 +300,7 @@ def convert(node: yaml.Node, key: Key, source_name: str, source: Source) -> Any:
         return CONSTANTS[text]
     if INTEGER.fullmatch(text):
         return int(text) if len(text) < 40 else text
-    return float(text) if NUMBER.fullmatch(text) and not text.lstrip("+-").startswith("0" * 2) else text
+    return float(text) if NUMBER.fullmatch(text) else text
 
 
 COMMAND_LINE = "command line"
@@ -309,7 +311,7 @@ def apply_override(override: str, source: Source) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
         hint = f"; options start with --, as in --{name}" if name in ("fresh", "help", "debug") else ""
-        source.problems.append(f"{COMMAND_LINE}: got {override!r}, expected key=value, as in max_lr=1e-3{hint}")
+        source.report((), COMMAND_LINE, f"got {override!r}, expected key=value, as in max_lr=1e-3{hint}")
         return
     key = tuple(name.split("."))
     node = compose(text, COMMAND_LINE)
@@ -317,7 +319,7 @@ def apply_override(override: str, source: Source) -> None:
     for part in key[:-1]:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
-            source.problems.append(f"{COMMAND_LINE}: {name}: {part} is a single value and has no keys")
+            source.report(key, COMMAND_LINE, f"{part} is a single value and has no keys; leave out the dot")
             return
     value = None if node is None else convert(node, key, COMMAND_LINE, source)
     source.places[key] = COMMAND_LINE
@@ -330,51 +332,46 @@ def dotted(key: Sequence[str | int]) -> str:
 
 
 def validate(source: Source, path: str) -> Config | None:
-    """Check types, ranges and how keys fit together; problems are added to `source`."""
+    """Check types, ranges and how keys fit together; problems are reported to `source`."""
     described = dict(walk_keys())
     for key in sorted(source.ambiguous):
-        field = described.get(key)
-        if field is not None and field.kind == "text":
-            place = source.places[key]
-            source.problems.append(
-                f"{place}: {dotted(key)}: got an unquoted yes, no, on or off, which YAML versions read differently; "
-                "quote it, or write true or false"
-            )
+        if key in described and described[key].kind == "text":
+            text = "got an unquoted yes, no, on or off, which YAML versions read differently; quote it"
+            source.report(key, source.places[key], text)
     try:
         config = TypeAdapter(Config).validate_python(source.values)
     except ValidationError as error:
-        source.problems.extend(explain(dict(detail), source, path, described) for detail in error.errors())
+        for detail in error.errors():
+            key = tuple(part for part in map(str, detail["loc"]))
+            known = key in described or detail["type"] == "unexpected_keyword_argument"
+            key = key if known else key[:-1]  # pydantic names the arm of a union last
+            source.report(key, source.places.get(key, path), explain(key, dict(detail), described))
         return None
-    source.problems.extend(conflicts(config, source, path))
+    for name, text in conflicts(config):
+        key = tuple(name.split("."))
+        source.report(key, source.places.get(key, path), text)
     return config
 
 
-def explain(detail: dict[str, Any], source: Source, path: str, described: Mapping[Key, KeyInfo]) -> str:
-    """One line for one of pydantic's findings."""
-    key: Key = tuple(
-        str(part) for part in detail["loc"] if str(part) in {name for k in described for name in k}
-    ) or tuple(map(str, detail["loc"]))
-    place = source.places.get(key, path)
+def explain(key: Key, detail: dict[str, Any], described: Mapping[Key, KeyInfo]) -> str:
+    """One of pydantic's findings in the words of a person at a terminal."""
     if detail["type"] == "unexpected_keyword_argument":
-        return f"{place}: {dotted(key)}: unknown key{suggestion(key, described)}"
-    info = described.get(key)
-    meaning = f" ({info.meaning})" if info else ""
+        return f"unknown key{suggestion(key, described)}"
+    info = described[key]
     if detail["type"] == "missing":
-        return f"{path}: {dotted(key)}: missing; add it{meaning}"
-    expected = detail["msg"].removeprefix("Input should be ").removeprefix("String should ")
-    if info is not None and info.allowed:
-        expected = info.allowed
-    return f"{place}: {dotted(key)}: got {shown(detail['input'])}, expected {expected}{meaning}"
+        return f"missing; add it ({info.meaning})"
+    expected = info.allowed or detail["msg"].removeprefix("Input should be ").removeprefix("String should ")
+    return f"got {shown(detail['input'])}, expected {expected} ({info.meaning})"
 
 
 def shown(value: Any) -> str:
-    """A value as the user would recognise it, cut if long."""
-    text = (
-        {True: "true", False: "false", None: "nothing (null)"}.get(value)
-        if not isinstance(value, (int, float, dict, list)) or isinstance(value, bool)
-        else None
-    )
-    text = text or (f"{value!r} (text)" if isinstance(value, str) else str(value))
+    """A value as its user would recognise it, cut if long."""
+    if isinstance(value, str):
+        text = f"{value!r} (text)"
+    elif isinstance(value, bool):
+        text = str(value).lower()
+    else:
+        text = "nothing (null)" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -388,46 +385,37 @@ def suggestion(key: Key, described: Mapping[Key, KeyInfo]) -> str:
     return f"; did you mean {near[0]}?" if near else "; `python -m distgpt.train --help` lists all keys"
 
 
-def conflicts(config: Config, source: Source, path: str) -> Iterator[str]:
-    """Values that are legal alone and wrong together."""
-
-    def line(key: str, text: str) -> str:
-        return f"{source.places.get(tuple(key.split('.')), path)}: {key}: {text}"
-
+def conflicts(config: Config) -> Iterator[tuple[str, str]]:
+    """(key, problem) for values that are legal alone and wrong together."""
     model = config.model_config
     if model.n_embd % model.n_head:
         divisors = [n for n in range(1, model.n_embd + 1) if model.n_embd % n == 0]
         nearest = min(divisors, key=lambda n: abs(n - model.n_head))
-        yield line(
+        yield (
             "model_config.n_head",
             f"got {model.n_head}, expected a divisor of model_config.n_embd = {model.n_embd}; {nearest} is the nearest",
         )
     if config.seq_len > model.n_positions:
-        yield line(
+        yield (
             "seq_len",
-            f"got {config.seq_len}, but the model reads at most model_config.n_positions = {model.n_positions} "
-            "tokens; lower seq_len or raise n_positions",
+            f"got {config.seq_len}, but the model reads at most model_config.n_positions = {model.n_positions} tokens; "
+            "lower seq_len or raise n_positions",
         )
+    either = "lower one or raise the other"
     if config.num_warmup_steps > config.num_training_steps:
-        yield line(
-            "num_warmup_steps",
-            f"got {config.num_warmup_steps}, expected at most num_training_steps = {config.num_training_steps}; "
-            "lower one or raise the other",
-        )
+        most = f"expected at most num_training_steps = {config.num_training_steps}"
+        yield "num_warmup_steps", f"got {config.num_warmup_steps}, {most}; {either}"
     if config.min_lr > config.max_lr:
-        yield line(
-            "min_lr",
-            f"got {config.min_lr:g}, expected at most max_lr = {config.max_lr:g}; lower one or raise the other",
-        )
+        yield "min_lr", f"got {config.min_lr:g}, expected at most max_lr = {config.max_lr:g}; {either}"
     implied = config.batch_size * config.grad_accumulation_steps
     if config.grad_accumulation_steps > 1 and config.global_batch_size not in (None, implied):
-        yield line(
+        yield (
             "global_batch_size",
             f"got {config.global_batch_size}, but batch_size x grad_accumulation_steps = {implied}; "
             "leave out grad_accumulation_steps: the micro-steps follow from global_batch_size",
         )
     if "\0" in config.output_dir:
-        yield line("output_dir", "got a NUL character, which no path holds; remove it")
+        yield "output_dir", "got a NUL character, which no path holds; remove it"
 
 
 # Describing: the same dataclasses, as text.

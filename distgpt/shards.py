@@ -52,8 +52,9 @@ class TokenArray:
             except OSError as error:
                 raise DataError(f"{self.path}: cannot read at byte {position}: {error.strerror}") from None
             if not piece:
+                size = os.fstat(self.descriptor).st_size
                 raise DataError(
-                    f"{self.path}: ends at byte {position + wanted - missing}, expected {position + wanted} or more "
+                    f"{self.path}: ends at byte {size}, expected {position + wanted} or more "
                     f"({self.name} token {stop - 1:,}); the file was cut short or replaced: restore it"
                 )
             pieces.append(piece)

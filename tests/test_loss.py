@@ -1,0 +1,87 @@
+"""The tiled loss is the plain loss: same value, same gradients, whatever the tile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distgpt import loss as losses
+from distgpt.loss import IGNORED, exp_rows, plain_loss, tiled_loss
+
+P, D, N_VOCAB, ROWS = 200, 12, 101, 128
+
+
+def case(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, weights with padding rows, and targets of which some are ignored."""
+    generator = torch.Generator().manual_seed(0)
+    x_PD = torch.randn(P, D, generator=generator, dtype=dtype).requires_grad_()
+    weight_VD = torch.randn(ROWS, D, generator=generator, dtype=dtype)
+    weight_VD[N_VOCAB:] = 0
+    targets_P = torch.randint(N_VOCAB, (P,), generator=generator)
+    targets_P[::7] = IGNORED
+    return x_PD, weight_VD.requires_grad_(), targets_P
+
+
+def gradients(loss: Tensor, *of: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss * 0.37, of))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("tile_bytes", [1, 80 * ROWS * 8, 2**30])
+@pytest.mark.parametrize("kind", ["plain", "tiled"])
+def test_value_and_gradients_are_those_of_autograd(
+    monkeypatch: pytest.MonkeyPatch, kind: str, tile_bytes: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    monkeypatch.setattr(losses, "TILE_BYTES", tile_bytes)
+    x_PD, weight_VD, targets_P = case(dtype)
+    expected = F.cross_entropy(x_PD @ weight_VD[:N_VOCAB].T, targets_P, ignore_index=IGNORED, reduction="sum")
+    if kind == "tiled":
+        got = tiled_loss(x_PD, weight_VD, targets_P, N_VOCAB, exp_rows)
+    else:
+        got = plain_loss(x_PD, weight_VD, targets_P, N_VOCAB)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=0)
+    for ours, theirs in zip(gradients(got, x_PD, weight_VD), gradients(expected, x_PD, weight_VD), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * float(theirs.abs().max()))
+
+
+def test_padding_rows_get_no_gradient_at_all() -> None:
+    x_PD, weight_VD, targets_P = case(torch.float32)
+    (gradient,) = gradients(tiled_loss(x_PD, weight_VD, targets_P, N_VOCAB, exp_rows), weight_VD)
+    assert (gradient[N_VOCAB:] == 0).all() and (gradient[:N_VOCAB] != 0).any(1).all()
+
+
+def test_without_targets_loss_and_gradients_are_zero() -> None:
+    x_PD, weight_VD, targets_P = case(torch.float32)
+    loss = tiled_loss(x_PD, weight_VD, torch.full_like(targets_P, IGNORED), N_VOCAB, exp_rows)
+    assert loss == 0
+    assert all((g == 0).all() for g in gradients(loss, x_PD, weight_VD))
+
+
+def test_large_logits_do_not_overflow() -> None:
+    x_PD, weight_VD, targets_P = case(torch.float32)
+    big = tiled_loss(x_PD * 1000, weight_VD, targets_P, N_VOCAB, exp_rows)
+    expected = F.cross_entropy(x_PD * 1000 @ weight_VD[:N_VOCAB].T, targets_P, ignore_index=IGNORED, reduction="sum")
+    torch.testing.assert_close(big, expected)
+
+
+def test_bf16_autocast_agrees_within_its_precision() -> None:
+    x_PD, weight_VD, targets_P = case(torch.float32)
+    expected = plain_loss(x_PD, weight_VD, targets_P, N_VOCAB)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = tiled_loss(x_PD, weight_VD, targets_P, N_VOCAB, exp_rows)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=5e-3, atol=0)
+    for ours, theirs in zip(gradients(got, x_PD, weight_VD), gradients(expected, x_PD, weight_VD), strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() < 1e-2 * theirs.norm()
+
+
+def test_scoring_alone_needs_no_gradient() -> None:
+    x_PD, weight_VD, targets_P = case(torch.float32)
+    with torch.no_grad():
+        loss = tiled_loss(x_PD, weight_VD, targets_P, N_VOCAB, exp_rows)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, plain_loss(x_PD, weight_VD, targets_P, N_VOCAB).detach())
