@@ -96,6 +96,7 @@ def generate(
         running_B &= (chosen_B != end_of_text) & (lengths_B + position + 1 < model.n_positions)
         if not running_B.any() or position == max_new_tokens - 1:
             break
+        real_BS[:, longest + position] = running_B  # a row that has ended goes on as padding, its position stays
         mask_BS = real_BS[:, : longest + position + 1].to(device)
         logits_BV = model(chosen_B[:, None].to(device), mask_BS, cache=cache)[:, -1].float().cpu()
     return new, losses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import sys
@@ -63,7 +64,8 @@ class Log:
     ) -> None:
         self.config, self.tokens_per_step, self.flops_per_token = config, tokens_per_step, flops_per_token
         self.peak, self.ranks = peak, ranks
-        self.last_step, self.val_loss = first_step, float("nan")
+        self.last_step = first_step
+        self.val_loss: float | None = None
         self.path = Path(config.output_dir) / "metrics.jsonl"
         truncate(self.path, first_step)
         self.file = self.path.open("a", encoding="utf-8")
@@ -107,7 +109,7 @@ class Log:
                 "tokens": step * self.tokens_per_step,
             }
         )
-        val = "" if self.val_loss != self.val_loss else f"  val {self.val_loss:.4f}"
+        val = "" if self.val_loss is None else f"  val {self.val_loss:.4f}"
         share = "" if mfu is None else f" ({mfu:.1%} MFU)"
         numbers = (
             f"loss {loss:.4f}{val}  lr {learning_rate:.2e}  norm {grad_norm:.2f}  "
@@ -131,6 +133,9 @@ class Log:
 
     def record(self, values: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl and send it to Weights & Biases."""
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                values[name] = None  # JSON has no NaN
         self.file.write(json.dumps(values) + "\n")
         self.file.flush()
         if self.wandb is not None:

@@ -22,6 +22,8 @@ class StepResult:
     """Sum of this rank's token losses in nats (fp32, scalar); summed over ranks it is the step's."""
     grad_norm: Tensor
     """Global gradient norm before clipping, the same on every rank."""
+    skipped: Tensor
+    """1 where the gradient was not finite and the weights were left as they are, else 0."""
 
 
 def train_step(
@@ -46,9 +48,10 @@ def train_step(
             (loss * (world.size / tokens)).backward()
         losses.append(loss.detach())
     grad_norm = nn.utils.clip_grad_norm_(running.parameters(), grad_clip)
-    optimizer.found_inf = (~grad_norm.isfinite()).float()  # type: ignore[attr-defined]
+    skipped = (~grad_norm.isfinite()).float()
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]  # read by fused optimizers, on the device
     optimizer.step()
-    return StepResult(torch.stack(losses).sum(), grad_norm)
+    return StepResult(torch.stack(losses).sum(), grad_norm, skipped)
 
 
 def warm_up(running: nn.Module, batches: list[Batch], world: World) -> None:

@@ -34,6 +34,9 @@ from distgpt.parallel import Execution, decide, parallelize
 from distgpt.step import seed_dropout, train_step, warm_up
 from distgpt.world import World
 
+MOST_SKIPPED = 10
+"""Updates in a row that may be skipped for a gradient that is not finite before the run ends."""
+
 
 def train(config: Config, fresh: bool, world: World) -> None:
     """Train until `num_training_steps`, from the newest checkpoint in `output_dir` if any. Every rank calls."""
@@ -80,16 +83,18 @@ def train(config: Config, fresh: bool, world: World) -> None:
     def save(step: int) -> None:
         checkpoint.save(output_dir, step, model, optimizer, state, config.checkpoint.keep, world)
 
+    skipped_in_a_row = torch.zeros((), device=world.device)
     schedule = (config.num_warmup_steps, last_step, config.min_lr, config.max_lr)
     for step, batches in enumerate(reader.steps(first_step, last_step, world.device), first_step + 1):
         rate = learning_rate(step - 1, *schedule)
         set_learning_rate(optimizer, rate)
         seed_dropout(config.seed, step, world.rank)
         result = train_step(running, optimizer, batches, tokens_per_step, config.optimizer.grad_clip, world)
+        skipped_in_a_row = (skipped_in_a_row + result.skipped) * result.skipped
         log.step_done(step)
         if due(step, config.log_every, last_step):
             loss = float(world.sum(result.loss_sum)) / tokens_per_step
-            check_finite(step, loss)
+            check_numbers(step, loss, int(skipped_in_a_row))
             log.step(step, loss, rate, float(result.grad_norm))
         if due(step, config.eval.every) and step < last_step:
             validation = score(config.eval.max_tokens)
@@ -168,12 +173,13 @@ def card(config: Config, start: Start, execution: Execution, plan: BatchPlan, wo
     return "\n".join([*(f"{name:<8}{text}" for name, text in lines.items()), *notes])
 
 
-def check_finite(step: int, loss: float) -> None:
-    """Raise NumericsError, on every rank, when the loss is no longer a number."""
-    if not math.isfinite(loss):
+def check_numbers(step: int, loss: float, skipped_in_a_row: int) -> None:
+    """Raise NumericsError, on every rank, when gradients have stopped being numbers: no weight has moved since."""
+    if skipped_in_a_row >= MOST_SKIPPED:
         raise NumericsError(
-            f"step {step}: the training loss is {loss}, expected a finite number; lower max_lr or raise "
-            "num_warmup_steps, or use precision=fp32; the last checkpoint is intact"
+            f"step {step}: the last {skipped_in_a_row} gradients were not finite (the loss is {loss}), expected at most "
+            f"{MOST_SKIPPED - 1} in a row; lower max_lr, raise num_warmup_steps or use precision=fp32, and start again: "
+            "the last checkpoint is intact"
         )
 
 

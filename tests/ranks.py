@@ -6,6 +6,7 @@ A case is a function of (world, folder); what it returns goes through JSON, arra
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import subprocess
@@ -172,7 +173,9 @@ def results(ranks: int) -> tuple[dict[str, list[Any]], Path]:
 @functools.cache
 def started(ranks: int) -> tuple[Path, str | None]:
     """Run all cases once for each number of ranks; the folder of their results, and what went wrong if anything did."""
-    folder = Path(tempfile.mkdtemp(prefix=f"distgpt-{ranks}-ranks-"))
+    scratch = tempfile.TemporaryDirectory(prefix=f"distgpt-{ranks}-ranks-")
+    atexit.register(scratch.cleanup)
+    folder = Path(scratch.name)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     done = subprocess.run(
         [*launcher, "-m", "tests.ranks", str(folder)],

@@ -1,0 +1,330 @@
+"""Whole runs through the front door: the same curve on any number of ranks, killed and continued, finished and refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from distgpt import checkpoint, config as configs, train
+from distgpt.errors import CheckpointError, ConfigError, NumericsError
+from tests.conftest import Run, command, environment, read_metrics, training_curve
+
+PLAIN = ("precision=fp32", "compile=off")
+
+
+def hashes(output_dir: Path, step: int) -> dict[str, str]:
+    """The hash of every tensor of a checkpoint: weights, moments and step counts. (Headers have no fixed order.)"""
+    found = {}
+    for path in (output_dir / "checkpoints" / f"step-{step:08}").glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            found[name] = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+    assert sum(name.endswith("exp_avg_sq") for name in found) == sum(name.startswith("model.") for name in found) > 0
+    return found
+
+
+def edited(config_file: Path, **lines: str) -> Path:
+    """The config with whole lines replaced."""
+    text = config_file.read_text().splitlines()
+    kept = [line for line in text if line.split(":")[0] not in lines]
+    config_file.write_text("\n".join([*kept, *(f"{key}: {value}" for key, value in lines.items())]) + "\n")
+    return config_file
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[str, list[tuple[int, float, float]]]:
+    """The curve of one config on 1, 2, 3 and 4 ranks, and accumulated, in fp32."""
+    from tests.conftest import TINY
+
+    found = {}
+    for name, ranks, extra in [("1", 1, ()), ("2", 2, ()), ("3", 3, ()), ("4", 4, ("batch_size=1",))]:
+        folder = tmp_path_factory.mktemp(f"ranks-{name}")
+        (folder / "c.yaml").write_text(TINY.format(folder=folder, corpus=corpus))
+        arguments = ["c.yaml", *PLAIN, "global_batch_size=8", "num_training_steps=40", *extra]
+        done = subprocess.run(
+            command("train", arguments, ranks), cwd=folder, env=environment(), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        found[name] = training_curve(folder / "run")
+        found[f"{name} val"] = [(r["step"], r["val-loss"], 0.0) for r in read_metrics(folder / "run") if "val-loss" in r]
+    return found
+
+
+@pytest.mark.parametrize("ranks", ["2", "3", "4"])
+def test_any_number_of_ranks_gives_the_same_curve(
+    curves: dict[str, list[tuple[int, float, float]]], ranks: str
+) -> None:
+    assert [step for step, _, _ in curves["1"]] == list(range(1, 41))
+    for kind, columns in (("", 3), (" val", 2)):
+        ours, alone = np.array(curves[ranks + kind]), np.array(curves["1" + kind])
+        np.testing.assert_array_equal(ours[:, 0], alone[:, 0])
+        np.testing.assert_allclose(ours[:, 1], alone[:, 1], atol=1e-5)
+        if columns == 3:
+            np.testing.assert_allclose(ours[:, 2], alone[:, 2], atol=1e-4)
+
+
+def test_the_run_learns(curves: dict[str, list[tuple[int, float, float]]]) -> None:
+    losses = [loss for _, loss, _ in curves["1"]]
+    assert losses[0] == pytest.approx(np.log(257), rel=0.05)
+    assert losses[-1] < 4.0  # the bytes' own entropy, without context, is 3.3 nats
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below one, from /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(entry.name))
+        except (OSError, ValueError):
+            continue
+    found, todo = [], [pid]
+    while todo:
+        below = children.get(todo.pop(), [])
+        found += below
+        todo += below
+    return found
+
+
+def kill_at_step(arguments: list[str], ranks: int, folder: Path, step: int) -> None:
+    """Start a run and kill every process of it, without warning, once it has recorded `step`."""
+    process = subprocess.Popen(
+        command("train", arguments, ranks), cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 200
+    while not (reached := (folder / "b" / "metrics.jsonl").exists() and len(training_curve(folder / "b")) >= step):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.01)
+    assert reached
+    for pid in [*descendants(process.pid), process.pid]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    process.wait()
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_killed_and_started_again_it_ends_bit_for_bit_the_same(config_file: Path, tmp_path: Path, ranks: int) -> None:
+    """On default settings: bf16 where the processor has it, compiled (forced: so short a run would not be)."""
+    edited(config_file, num_training_steps="120", log_every="1", checkpoint="{every: 10, keep: 2}")
+    common = ["tiny.yaml", "compile=on", "p_dropout=0.1"]
+    whole = [*common, f"output_dir={tmp_path / 'a'}"]
+    assert subprocess.run(command("train", whole, ranks), cwd=tmp_path, env=environment(), check=False).returncode == 0
+    broken = [*common, f"output_dir={tmp_path / 'b'}"]
+    kill_at_step(broken, ranks, tmp_path, 25)
+    assert not (tmp_path / "b" / "eval.json").exists()
+    done = subprocess.run(
+        command("train", broken, ranks), cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "resume" in done.stdout and "going on after step" in done.stdout
+    assert training_curve(tmp_path / "a") == training_curve(tmp_path / "b")
+    assert hashes(tmp_path / "a", 120) == hashes(tmp_path / "b", 120)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_another_number_of_ranks_continues_the_same_run(config_file: Path, tmp_path: Path, run: Run) -> None:
+    assert run("train", config_file, *PLAIN).returncode == 0
+    whole = training_curve(tmp_path / "run")
+    for _, path in list(checkpoint.on_disk(tmp_path / "run"))[:]:
+        if not path.name.endswith("8"):
+            checkpoint.remove(path)
+    done = run("train", config_file, *PLAIN, ranks=3)
+    assert "going on after step 8" in done.stdout
+    np.testing.assert_allclose(np.array(training_curve(tmp_path / "run")), np.array(whole), atol=1e-4)
+
+
+def start(config_file: Path, *overrides: str) -> None:
+    """Train in this process."""
+    train.main([str(config_file), *PLAIN, *overrides])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_a_run_leaves_behind(config_file: Path, tmp_path: Path) -> None:
+    start(config_file)
+    run_dir = tmp_path / "run"
+    assert {p.name for p in run_dir.iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "eval.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "tokenizer",
+    }
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
+    results = json.loads((run_dir / "eval.json").read_text())
+    assert results["tokens"] == 1002 and results["step"] == 12
+    assert results["val-perplexity"] == pytest.approx(np.exp(results["val-loss"]))
+    assert results["val-bits-per-byte"] == pytest.approx(results["val-loss"] / np.log(2))  # a token is a byte
+    rows = read_metrics(run_dir)
+    first = rows[0]
+    assert list(first) == [
+        "step",
+        "train-loss",
+        "learning-rate",
+        "grad-norm",
+        "tokens-per-second",
+        "tflops",
+        "mfu",
+        "tokens",
+    ]
+    assert (first["step"], first["learning-rate"], first["tokens"], first["mfu"]) == (1, 0.0, 256, None)
+    assert [r["step"] for r in rows if "val-loss" in r] == [5, 10, 12]
+    assert configs.load(run_dir / "config.yaml").model_config.n_embd == 32
+
+
+def test_a_finished_run_shows_its_results_and_changes_nothing(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(config_file)
+    before = contents(tmp_path)
+    capsys.readouterr()
+    start(config_file)
+    assert f'"val-loss": {json.loads(before["run/eval.json"])["val-loss"]}' in capsys.readouterr().out
+    assert contents(tmp_path) == before
+
+
+def test_more_steps_go_on_and_say_so(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(config_file)
+    capsys.readouterr()
+    start(config_file, "num_training_steps=16")
+    printed = capsys.readouterr().out
+    assert "going on after step 12" in printed and "num_training_steps is now 16 (was 12)" in printed
+    assert [step for step, _, _ in training_curve(tmp_path / "run")] == list(range(1, 17))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model_config.n_layer=1", "model_config: got "),
+        ("seed=1", "seed: got 1, but the run in"),
+        ("max_lr=2e-3", "max_lr: got 0.002"),
+        ("batch_size=4", "global_batch_size: got 4, but the run in"),
+        ("num_training_steps=5", "num_training_steps: got 5, but the run in"),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused(
+    config_file: Path, tmp_path: Path, override: str, expected: str
+) -> None:
+    start(config_file)
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match=expected):
+        start(config_file, override)
+    assert contents(tmp_path) == before
+
+
+def test_other_data_is_refused(config_file: Path, tmp_path: Path) -> None:
+    start(config_file)
+    np.savez(tmp_path / "other.npz", train=np.arange(5000) % 200, val=np.arange(50))
+    with pytest.raises(ConfigError, match="data: got tokens"):
+        start(config_file, f"data={tmp_path / 'other.npz'}")
+
+
+def test_what_moves_no_result_may_change(config_file: Path, tmp_path: Path) -> None:
+    start(config_file)
+    start(config_file, "num_training_steps=14", "batch_size=4", "global_batch_size=8", "log_every=2", "eval.every=3")
+    assert [step for step, _, _ in training_curve(tmp_path / "run")][-2:] == [12, 14]
+
+
+def test_fresh_starts_over_and_touches_only_its_own(config_file: Path, tmp_path: Path) -> None:
+    start(config_file)
+    curve = training_curve(tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    start(config_file, "--fresh", "seed=1")
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert len(training_curve(tmp_path / "run")) == len(curve) and training_curve(tmp_path / "run") != curve
+
+
+def test_evaluating_saving_and_logging_change_no_weight(config_file: Path, tmp_path: Path) -> None:
+    start(config_file, f"output_dir={tmp_path / 'often'}", "p_dropout=0.2", "eval.every=1", "checkpoint.every=1")
+    start(config_file, f"output_dir={tmp_path / 'never'}", "p_dropout=0.2", "eval.every=99", "log_every=99")
+    assert hashes(tmp_path / "often", 12) == hashes(tmp_path / "never", 12)
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(config_file)
+    curve = training_curve(tmp_path / "run")
+    shard = next((tmp_path / "run" / "checkpoints" / "step-00000012").glob("*.safetensors"))
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    shard.write_bytes(raw)
+    capsys.readouterr()
+    start(config_file)
+    printed = capsys.readouterr().out
+    assert "going on after step 8" in printed and f"passing over {shard}: damaged" in printed
+    assert training_curve(tmp_path / "run") == curve
+
+
+def test_nothing_is_started_over_when_no_checkpoint_is_sound(config_file: Path, tmp_path: Path) -> None:
+    start(config_file)
+    for _, path in checkpoint.on_disk(tmp_path / "run"):
+        (path / "manifest.json").write_text("{")
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match="no checkpoint is sound"):
+        start(config_file)
+    assert contents(tmp_path) == before
+
+
+def test_gradients_that_are_no_numbers_end_the_run_and_spoil_nothing(config_file: Path, tmp_path: Path) -> None:
+    # Decay of lr x 10 = 100 a step multiplies the weights by -99 until they overflow.
+    with pytest.raises(NumericsError, match="the last 10 gradients were not finite"):
+        start(config_file, "max_lr=10", "optimizer.weight_decay=10", "num_training_steps=400", "checkpoint.every=1")
+    newest, rejected = checkpoint.newest(tmp_path / "run")
+    assert newest is not None and not rejected
+    weights = next(newest.path.glob("*.safetensors"))
+    assert all(np.isfinite(tensor.numpy()).all() for tensor in load_file(weights).values())
+
+
+def test_a_run_that_cannot_write_is_refused_before_it_begins(config_file: Path, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "file").write_text("")
+    done = run("train", config_file, f"output_dir={tmp_path / 'file' / 'run'}")
+    assert done.returncode == 6
+    assert done.stderr.startswith("distgpt: error: output_dir: ") and done.stderr.count("\n") == 1
+
+
+def test_missing_data_ends_with_exit_code_3(config_file: Path, run: Run, tmp_path: Path) -> None:
+    done = run("train", config_file, "data=nowhere.npz")
+    assert done.returncode == 3
+    assert done.stderr.startswith("distgpt: error: nowhere.npz: cannot read") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_under_torchrun_one_rank_speaks(config_file: Path, run: Run, tmp_path: Path) -> None:
+    done = run("train", config_file, "data=nowhere.npz", ranks=2)
+    assert done.returncode == 1  # torchrun's
+    assert done.stderr.count("distgpt: error: nowhere.npz: cannot read") == 1
+    assert "Traceback (most recent call last):\n  File \"<frozen runpy>\"" not in done.stderr.split("torch/distributed")[0]
+
+
+def test_a_reader_that_leaves_does_not_stop_the_run(config_file: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command("train", [config_file]), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert (tmp_path / "run" / "eval.json").exists()
+
+
+@pytest.mark.slow
+def test_no_run_crashes_on_its_way_out(config_file: Path, run: Run) -> None:
+    for attempt in range(20):
+        done = run("train", config_file, "num_training_steps=2", "num_warmup_steps=0", "--fresh", ranks=3)
+        assert done.returncode == 0, f"run {attempt}: {done.stderr[-2000:]}"
