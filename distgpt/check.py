@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from distgpt import config as configs
 from distgpt.checkpoint import Checkpoint
 from distgpt.config import Config
 from distgpt.corpus import ORDER_VERSION, Tokens, open_corpus
-from distgpt.errors import CheckpointError, ConfigError, MachineError, run_command
+from distgpt.errors import CheckpointError, ConfigError, DataError, MachineError, run_command
 from distgpt.tokenizer import Tokenizer, load_tokenizer
 
 MAY_CHANGE = {
@@ -54,7 +55,7 @@ class Start:
 def check(config: Config, fresh: bool) -> Start:
     """Check all that a run needs and find where it begins. `fresh` ignores what is in the output folder.
 
-    Raises a UserError; changes nothing on disk but the sample corpus, where it is to be made.
+    Raises a UserError; writes nothing but the sample corpus where it is needed (or a compressed .npz, unpacked).
     """
     output_dir = Path(config.output_dir)
     check_output_dir(output_dir)
@@ -64,31 +65,40 @@ def check(config: Config, fresh: bool) -> Start:
         raise CheckpointError(
             "\n".join(notes) + f"\n{output_dir}: no checkpoint is sound; restore one, or start over with --fresh"
         )
+    if found is None and not fresh and any((output_dir / name).exists() for name in (checkpoint.WEIGHTS, "eval.json")):
+        raise ConfigError(
+            f"output_dir: {output_dir} holds a trained model and no checkpoint to go on from; "
+            "choose another output_dir, or start over with --fresh, which deletes that model"
+        )
     tokens = open_corpus(config, tokenizer)
     if tokens.note:
         notes.append(tokens.note)
+    notes.extend(
+        f"{name}.every is {every}, more than the {config.num_training_steps} steps of the run: only at its end"
+        for name, every in (("eval", config.eval.every), ("checkpoint", config.checkpoint.every))
+        if every > config.num_training_steps
+    )
     if found is None:
         return Start(tokenizer, tokens, None, None, notes)
-    refuse_changes(config, tokens, found)
+    refuse_changes(config, tokenizer, tokens, found)
     notes.extend(changes_allowed(config, found))
     return Start(tokenizer, tokens, found, finished_results(output_dir, found.step, config), notes)
 
 
 def check_output_dir(output_dir: Path) -> None:
     """Raise MachineError if the output folder could not be written to."""
-    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise MachineError(f"output_dir: {existing} is a file, expected a folder; choose another output_dir")
+    existing = output_dir
     try:
-        probe = existing / f".distgpt-write-test-{id(output_dir)}"
-        probe.touch()
-        probe.unlink()
+        existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise MachineError(f"output_dir: {existing} is a file, expected a folder; choose another output_dir")
+        tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         raise MachineError(f"output_dir: cannot write in {existing}: {error.strerror}; choose another") from None
 
 
-def refuse_changes(config: Config, tokens: Tokens, found: Checkpoint) -> None:
-    """Raise ConfigError, a line each, for what would make the continued run another run."""
+def refuse_changes(config: Config, tokenizer: Tokenizer, tokens: Tokens, found: Checkpoint) -> None:
+    """Raise ConfigError (DataError for tokens), a line each, for what would make the continued run another run."""
     old, new = found.state["config"], dataclasses.asdict(config)
     remedy = f"go on with the old value, choose another output_dir, or start over with --fresh ({found.path})"
     lines = [
@@ -98,7 +108,7 @@ def refuse_changes(config: Config, tokens: Tokens, found: Checkpoint) -> None:
     ]
     facts = {
         "global_batch_size": (config.sequences_per_step, found.state["sequences_per_step"]),
-        "data": (f"tokens {tokens.fingerprint}", f"tokens {found.state['tokens']}"),
+        "tokenizer_encoding": (f"tokens of {tokenizer.fingerprint}", f"tokens of {found.state['tokenizer']}"),
         "order of sequences": (f"version {ORDER_VERSION}", f"version {found.state['order_version']}"),
     }
     lines += [
@@ -113,6 +123,11 @@ def refuse_changes(config: Config, tokens: Tokens, found: Checkpoint) -> None:
         )
     if lines:
         raise ConfigError("\n".join(lines))
+    if tokens.fingerprint != found.state["tokens"]:
+        raise DataError(
+            f"{tokens.path}: got tokens {tokens.fingerprint}, but the run in {config.output_dir} was started with "
+            f"{found.state['tokens']}; {remedy}"
+        )
 
 
 def changes_allowed(config: Config, found: Checkpoint) -> list[str]:

@@ -15,12 +15,13 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distgpt import config as configs
-from distgpt.errors import CheckpointError
+from distgpt.errors import CheckpointError, MachineError
 from distgpt.tokenizer import Tokenizer, load_saved
 
 if TYPE_CHECKING:
@@ -73,11 +74,13 @@ def verify(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: format {manifest.get('format')}, expected {FORMAT}; use the distgpt that wrote it"
         )
-    for name, expected in manifest["files"].items():
-        if (found := describe_file(path / name)) != expected:
-            raise CheckpointError(
-                f"{path / name}: damaged (got {found}, expected {expected}); restore or delete {path}"
-            )
+    listed, found = manifest.get("files"), describe_files(path)
+    if not isinstance(listed, dict) or STATE not in listed:
+        raise CheckpointError(f"{path / MANIFEST}: damaged; restore or delete {path}")
+    for name in sorted(listed.keys() | found.keys()):
+        got, expected = found.get(name), listed.get(name)
+        if got != expected:
+            raise CheckpointError(f"{path / name}: damaged (got {got}, expected {expected}); restore or delete {path}")
     return read_json(path / STATE)
 
 
@@ -92,13 +95,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def describe_file(path: Path) -> dict[str, Any] | None:
-    """Size in bytes and sha256, or None where there is no file."""
-    try:
-        with path.open("rb") as file:
-            return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    except OSError:
-        return None
+def describe_files(folder: Path) -> dict[str, Any]:
+    """Size in bytes and sha256 of every file in a checkpoint's folder but the manifest. Raises CheckpointError."""
+    described = {}
+    for path in sorted(folder.iterdir()):
+        if path.name == MANIFEST:
+            continue
+        if not path.is_file():
+            raise CheckpointError(f"{path}: not a file of a checkpoint; delete it or {folder}")
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                described[path.name] = {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
+        except OSError as error:
+            raise CheckpointError(f"{path}: unreadable ({error.strerror}); restore or delete {folder}") from None
+    return described
 
 
 def save(
@@ -111,6 +122,7 @@ def save(
     world: World,
 ) -> None:
     """Save a checkpoint, then delete all but the newest `keep`. Every rank calls; each writes its share."""
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
@@ -122,21 +134,32 @@ def save(
     world.gather(None)  # no rank writes before the folder is there
     writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)  # flushes each file to disk
     tensors, _ = split_state(model, optimizer)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as intended
-        save_tensors(tensors, storage_writer=writer, no_dist=world.size == 1)
+    try:
+        with one_process_is_fine():
+            save_tensors(tensors, storage_writer=writer, no_dist=world.size == 1)
+    except CheckpointException as error:
+        reason = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())
+        raise MachineError(f"{target}: not saved ({reason}); the last is intact: make room and start again") from None
     world.gather(None)  # no rank's file is missing from the manifest
     if world.is_first:
         write_durably(partial / STATE, json.dumps(state, indent=2).encode())
-        files = {file.name: describe_file(file) for file in sorted(partial.iterdir())}
-        write_durably(partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=2).encode())
+        manifest = {"format": FORMAT, "files": describe_files(partial)}
+        write_durably(partial / MANIFEST, json.dumps(manifest, indent=2).encode())
         sync_folder(partial)
         remove(target)
         partial.rename(target)
         sync_folder(target.parent)
-        for _, path in sorted(on_disk(output_dir), reverse=True)[keep:]:
-            remove(path)
+        prune(output_dir, step, keep)
     world.gather(None)  # no rank goes on as if it were saved before it is
+
+
+def prune(output_dir: Path, step: int, keep: int) -> None:
+    """Delete all checkpoints but the newest `keep` up to `step`; later ones were passed over as damaged."""
+    found = sorted(on_disk(output_dir), reverse=True)
+    for _, path in [c for c in found if c[0] > step] + [c for c in found if c[0] <= step][keep:]:
+        remove(path)
+    for path in (output_dir / "checkpoints").glob(".step-*"):  # what an interrupted save or deletion left
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def load(checkpoint: Checkpoint, model: DecoderLM, optimizer: torch.optim.Optimizer, world: World) -> None:
@@ -147,8 +170,7 @@ def load(checkpoint: Checkpoint, model: DecoderLM, optimizer: torch.optim.Optimi
 
     tensors, scalars = split_state(model, optimizer)
     reader = HuggingFaceStorageReader(str(checkpoint.path))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    with one_process_is_fine():
         load_tensors(tensors, storage_reader=reader, no_dist=world.size == 1)
     whole = tensors | scalars
     parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}}
@@ -158,6 +180,14 @@ def load(checkpoint: Checkpoint, model: DecoderLM, optimizer: torch.optim.Optimi
     set_model_state_dict(model, parts["model"])
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     set_optimizer_state_dict(model, optimizer, parts["optimizer"], options=options)
+
+
+@contextmanager
+def one_process_is_fine() -> Iterator[None]:
+    """Without torch's warning that there is no process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def split_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -191,8 +221,6 @@ def load_trained(output_dir: Path) -> tuple[DecoderLM, Tokenizer, configs.Config
     import safetensors.torch
     from safetensors import SafetensorError
 
-    from distgpt.model import DecoderLM
-
     if not (output_dir / WEIGHTS).is_file():
         known = f"{output_dir} holds an unfinished run: run the same training command again to finish it"
         unknown = (
@@ -207,7 +235,6 @@ def load_trained(output_dir: Path) -> tuple[DecoderLM, Tokenizer, configs.Config
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"{output_dir / WEIGHTS}: does not load ({error}); train again or restore it") from None
     model.eval()
-    assert isinstance(model, DecoderLM)
     return model, tokenizer, config
 
 

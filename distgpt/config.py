@@ -125,7 +125,7 @@ class Config:
     num_warmup_steps: Annotated[int, Strict(), Field(ge=0, le=10**9)]
     """Steps in which the learning rate rises linearly from 0 to max_lr."""
     num_training_steps: Steps
-    """Updates in the whole run; the learning rate reaches min_lr at the last."""
+    """Updates in the whole run; the learning rate falls towards min_lr until the last."""
     min_lr: Rate
     """Learning rate at the end."""
     max_lr: Rate
@@ -229,7 +229,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         apply_override(override, source)
     config = validate(source, str(path))
     if source.problems:
-        raise ConfigError("\n".join(line for _, line in source.problems))
+        raise ConfigError("\n".join(line for _, line in source.problems), everywhere=True)
     assert config is not None
     return config
 
@@ -342,7 +342,7 @@ def validate(source: Source, path: str) -> Config | None:
         config = TypeAdapter(Config).validate_python(source.values)
     except ValidationError as error:
         for detail in error.errors():
-            key = tuple(part for part in map(str, detail["loc"]))
+            key = tuple(map(str, detail["loc"]))
             known = key in described or detail["type"] == "unexpected_keyword_argument"
             key = key if known else key[:-1]  # pydantic names the arm of a union last
             source.report(key, source.places.get(key, path), explain(key, dict(detail), described))
@@ -414,8 +414,9 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
             f"got {config.global_batch_size}, but batch_size x grad_accumulation_steps = {implied}; "
             "leave out grad_accumulation_steps: the micro-steps follow from global_batch_size",
         )
-    if "\0" in config.output_dir:
-        yield "output_dir", "got a NUL character, which no path holds; remove it"
+    for name in ("output_dir", "data", "tokenizer_encoding"):
+        if "\0" in (getattr(config, name) or ""):
+            yield name, "got a NUL character, which no path holds; remove it"
 
 
 # Describing: the same dataclasses, as text.
@@ -479,9 +480,22 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
+class Dumper(yaml.SafeDumper):
+    """Writes YAML whose texts `load` reads back as texts: PyYAML itself would leave 1e5 unquoted."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Quote what looks like something else."""
+        looks_else = text in CONSTANTS or text.lower() in YAML_1_1_BOOLEANS or NUMBER.fullmatch(text)
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="'" if looks_else else None)
+
+
+Dumper.add_representer(str, Dumper.represent_text)
+
+
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML that `load` reads back to the same value."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(dataclasses.asdict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def config_parser(prog: str, description: str) -> argparse.ArgumentParser:

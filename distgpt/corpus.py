@@ -53,7 +53,7 @@ def open_corpus(config: Config, tokenizer: Tokenizer) -> Tokens:
     if config.data is not None or DEFAULT_DATA.exists():
         path = Path(config.data or DEFAULT_DATA)
     else:
-        path = sample_corpus_path(config.tokenizer_encoding)
+        path = sample_corpus_path(tokenizer)
         note = f"no {DEFAULT_DATA}: training on {path}, made from the source of Python {sys.version.split()[0]}"
         if not path.exists():
             make_sample_corpus(path, tokenizer)
@@ -84,9 +84,11 @@ def window_count(tokens: int, seq_len: int) -> int:
     return (tokens - 1) // seq_len
 
 
-def sample_corpus_path(encoding: str) -> Path:
-    """Where the sample corpus for this Python and this encoding is kept."""
-    name = "".join(c if c.isalnum() else "-" for c in Path(encoding).stem)
+def sample_corpus_path(tokenizer: Tokenizer) -> Path:
+    """Where the sample corpus of this Python's library in this encoding is kept."""
+    name = tokenizer.encoding.name
+    if name not in ("gpt2", "bytes"):
+        name = tokenizer.fingerprint  # files of one name may differ
     python = ".".join(map(str, sys.version_info[:3]))
     return DEFAULT_DATA.parent / f"sample-py{python}-{name}.npz"
 

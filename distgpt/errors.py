@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a bug of ours, 2 config, 3 data, 4 checkpoint, 5 numerics,
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,11 @@ class UserError(Exception):
     """Something a user can mend. Its text is one line a problem: what was found, what is allowed, what to do."""
 
     exit_code = 1
+
+    def __init__(self, text: str, everywhere: bool = False) -> None:
+        super().__init__(text)
+        self.everywhere = everywhere
+        """Whether every rank raises it alike, so that one voice a machine is enough."""
 
 
 class ConfigError(UserError):
@@ -49,24 +55,36 @@ class MachineError(UserError):
 def run_command(main: Callable[[Sequence[str]], int | None]) -> int:
     """Run a command's `main` on the process's arguments; turn errors into their lines and return the exit code.
 
-    `--debug` anywhere in the arguments shows the traceback too. Under torchrun the first rank of each machine speaks.
+    `--debug` anywhere in the arguments shows the traceback too. What every rank finds, the first of each machine says.
     """
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # whatever the locale, printing is no reason to fail
     try:
         return main([argument for argument in arguments if argument != "--debug"]) or 0
     except UserError as error:
         if debug:
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            for line in str(error).splitlines():
-                print(f"distgpt: error: {line}", file=sys.stderr)
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if first or not error.everywhere:
+            rank = "" if first else f"rank {os.environ.get('RANK')}: "
+            print("\n".join(f"distgpt: error: {rank}{line}" for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         sys.stdout = None  # the reader has gone (`| head`): nothing to flush
         return 0
+    except OSError as error:
+        if debug or error.strerror is None:
+            raise
+        place = error.filename or "a file or stream"
+        print(f"distgpt: error: {place}: {error.strerror}; mend that and run the same command again", file=sys.stderr)
+        return MachineError.exit_code
+    except KeyboardInterrupt:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("distgpt: interrupted; a training run goes on from its last checkpoint", file=sys.stderr)
+        return 130
 
 
 def leave(code: int | None) -> None:

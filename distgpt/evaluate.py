@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from distgpt.checkpoint import load_trained
 from distgpt.config import Config
 from distgpt.corpus import open_corpus
 from distgpt.data import held_out_batches
-from distgpt.errors import DataError, run_command
+from distgpt.errors import DataError, leave, run_command
 from distgpt.loss import IGNORED
 from distgpt.parallel import decide, parallelize
 from distgpt.shards import TokenArray, open_tokens, smallest_dtype
@@ -118,10 +117,11 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m distgpt.evaluate", description=main.__doc__)
     parser.add_argument("run", metavar="RUN", help="output_dir of a finished run, such as outputs/GPT-tiny")
     parser.add_argument("--data", metavar="FILE", help=".npz, .npy or text file (default: the run's validation tokens)")
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps (default: the run's)")
     options = parser.parse_args(arguments)
     model, tokenizer, config = load_trained(Path(options.run))
-    held_out, name = open_held_out(options.data, config, tokenizer)
-    world = worlds.start(config.device)
+    world = worlds.start(options.device or config.device)
+    held_out, name = world.first_rank_first(lambda: open_held_out(options.data, config, tokenizer))
     parallelize(model, world, decide(config, tokenizer.n_vocab, world, may_compile=False))
     score = evaluate(model, held_out, tokenizer, config.seq_len, config.batch_size, world)
     if world.is_first:
@@ -130,4 +130,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    leave(run_command(main))

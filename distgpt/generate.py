@@ -39,7 +39,7 @@ class Sampling:
 
 def next_token_probabilities(logits_BV: Tensor, temperature: float, top_k: int | None = None) -> Tensor:
     """softmax(logits / temperature) over the `top_k` largest logits, BV; temperature 0 puts all on the largest."""
-    if temperature == 0:
+    if temperature < 1e-6:  # a smaller divisor is 0 in fp32
         return F.one_hot(logits_BV.argmax(-1), logits_BV.shape[-1]).to(logits_BV.dtype)
     scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature  # no overflow at small temperatures
     if top_k is not None and top_k < logits_BV.shape[-1]:
@@ -76,12 +76,17 @@ def generate(
     longest = max(map(len, prompts))
     lengths_B = torch.tensor([len(prompt) for prompt in prompts])
     ids_BT = torch.tensor([[end_of_text] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    max_new_tokens = min(max_new_tokens, model.n_positions - min(map(len, prompts)))
     columns = longest + max_new_tokens
     real_BS = torch.arange(columns)[None, :] >= (longest - lengths_B)[:, None]
     cache = KeyValueCache(len(prompts), columns)
     logits_BTV = model(ids_BT.to(device), real_BS[:, :longest].to(device), cache=cache).float().cpu()
-    token_loss_BT = F.cross_entropy(logits_BTV[:, :-1].transpose(1, 2), ids_BT[:, 1:], reduction="none")
-    losses = (token_loss_BT * real_BS[:, : longest - 1]).sum(1).tolist()
+    losses = [
+        float(
+            F.cross_entropy(logits_TV[-len(prompt) : -1], torch.tensor(prompt[1:], dtype=torch.int64), reduction="sum")
+        )
+        for logits_TV, prompt in zip(logits_BTV, prompts, strict=True)
+    ]
     new: list[list[int]] = [[] for _ in prompts]
     running_B = lengths_B < model.n_positions
     logits_BV = logits_BTV[:, -1]
@@ -105,7 +110,7 @@ def generate(
 def read_prefixes(path: Path) -> list[str]:
     """The `prefix` of each line of a JSON-lines file. Raises DataError naming the line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise DataError(f'{path}: cannot read: {error.strerror}; give a file with a {{"prefix": ...}} a line') from None
     except UnicodeDecodeError as error:
@@ -191,7 +196,7 @@ def main(arguments: Sequence[str]) -> None:
         output = Path(options.output or run / "generation.jsonl")
         rows = [{"prefix": text, "generation": new} for text, new in zip(texts, generations, strict=True)]
         try:
-            output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            output.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--output: cannot write {output}: {error.strerror}; choose another file") from None
         print(f"{len(rows)} generations written to {output}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 ExpRows = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -35,7 +36,7 @@ def tiled_loss(x_PD: Tensor, weight_VD: Tensor, targets_P: Tensor, n_vocab: int,
     device_type = x_PD.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x_PD.dtype
     loss: Tensor = TiledLoss.apply(  # type: ignore[no-untyped-call]
-        x_PD, weight_VD, targets_P, n_vocab, dtype, exp_rows
+        x_PD, weight_VD, targets_P, n_vocab, dtype, torch.is_grad_enabled(), exp_rows
     )
     return loss
 
@@ -55,6 +56,7 @@ class TiledLoss(torch.autograd.Function):
         targets_P: Tensor,
         n_vocab: int,
         dtype: torch.dtype,
+        needs_gradient: bool,
         exp_rows: ExpRows,
     ) -> Tensor:
         (P, D), V = x_PD.shape, len(weight_VD)
@@ -74,11 +76,11 @@ class TiledLoss(torch.autograd.Function):
             max_R, sum_R = exp_rows(logits_RV, e_RV)
             target_logits_R = logits_RV.gather(1, targets_R[:, None]).squeeze(1)
             losses_R.copy_((max_R + sum_R.log() - target_logits_R) * real_R)
-            if any(ctx.needs_input_grad):
+            if needs_gradient:
                 scale_R1 = (real_R / sum_R)[:, None]
                 torch.mul(e_RV @ narrow_weight_VD, scale_R1, out=dx_RD)
                 dw_DV += torch.mm((x_RD * scale_R1).to(dtype).T, e_RV, out=dw_tile_DV)
-        if any(ctx.needs_input_grad):
+        if needs_gradient:
             real_P1 = real_P[:, None]
             dw_VD = dw_DV.T.contiguous().index_add_(0, targets_P, (-x_PD * real_P1).to(wide))
             dx_PD -= weight_VD[targets_P] * real_P1
@@ -86,9 +88,10 @@ class TiledLoss(torch.autograd.Function):
         return losses_P.sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         dx_PD, dw_VD = ctx.saved_tensors
-        return dx_PD * d_loss, dw_VD * d_loss, None, None, None, None
+        return dx_PD * d_loss, dw_VD * d_loss, None, None, None, None, None
 
 
 def exp_rows(logits_RV: Tensor, out_RV: Tensor) -> tuple[Tensor, Tensor]:

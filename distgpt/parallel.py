@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distgpt.config import Config
+from distgpt.errors import MachineError
 from distgpt.loss import exp_rows
 from distgpt.model import DecoderLM
 from distgpt.world import World
@@ -31,10 +32,15 @@ class Execution:
 
     precision: str
     compile: bool
+    device: str
+    """Type of the device it was decided for."""
 
 
 def decide(config: Config, n_vocab: int, world: World, may_compile: bool = True) -> Execution:
-    """Resolve `precision` and `compile` for this machine; rank 0 decides for all."""
+    """Resolve `precision` and `compile` for this machine; rank 0 decides for all. Every rank calls.
+
+    Raises MachineError if the config asks to compile where that does not work.
+    """
     precision: str = config.precision
     compiled = may_compile and config.compile == "on"
     if precision == "auto":
@@ -44,7 +50,12 @@ def decide(config: Config, n_vocab: int, world: World, may_compile: bool = True)
         flops = tokens * config.model_config.flops_per_token(n_vocab, config.seq_len)
         seconds = flops / EAGER_FLOPS.get(world.device.type, float("inf"))
         compiled = seconds > COMPILE_PAYS_SECONDS and can_compile(world.device)
-    return Execution(precision, world.from_first(compiled))
+    elif compiled and not can_compile(world.device):
+        raise MachineError(
+            "compile: got on, but compiling a line failed here; install a C++ compiler (Debian: apt install g++ "
+            "python3-dev), or use compile=auto"
+        )
+    return Execution(*world.from_first((precision, compiled, world.device.type)))
 
 
 def multiplies_bf16(device: torch.device) -> bool:

@@ -6,6 +6,7 @@ ranks, keeps nothing resident, and reports a file cut short as an error where a 
 
 from __future__ import annotations
 
+import lzma
 import os
 import shutil
 import zipfile
@@ -35,7 +36,7 @@ class TokenArray:
     length: int
     """Tokens."""
     fingerprint: str
-    """Changes when the tokens change; cheap to get, so not proof against malice."""
+    """Differs between files of different tokens. It comes from headers, so it does not find a flipped byte."""
     descriptor: int
 
     def __len__(self) -> int:
@@ -112,7 +113,7 @@ def open_npz(path: Path) -> dict[str, TokenArray]:
                     arrays[name] = open_npy(path, name, start, start + member.file_size, fingerprint)
                 else:
                     arrays[name] = open_npy(unpack(archive, member, path), name, fingerprint=fingerprint)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(
             f"{path}: damaged .npz ({path.stat().st_size:,} bytes: {error}); fetch or make it again"
         ) from None
@@ -191,8 +192,10 @@ def read_npy_header(file: BinaryIO, place: str) -> tuple[tuple[int, ...], np.dty
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
-    except (ValueError, SyntaxError, TypeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+        if any(size < 0 for size in shape):
+            raise ValueError(f"shape {shape}")
+    except Exception as error:  # numpy's parser raises what the damage leads it to: TokenError, OverflowError, ...
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{place}: no sound .npy header ({reason}); fetch or make the file again") from None
     return shape, dtype
 

@@ -50,7 +50,8 @@ def train_step(
     grad_norm = nn.utils.clip_grad_norm_(running.parameters(), grad_clip)
     skipped = (~grad_norm.isfinite()).float()
     optimizer.found_inf = skipped  # type: ignore[attr-defined]  # read by fused optimizers, on the device
-    optimizer.step()
+    if world.device.type != "mps" or not skipped:  # Apple's fused kernel does not read found_inf
+        optimizer.step()
     return StepResult(torch.stack(losses).sum(), grad_norm, skipped)
 
 

@@ -31,6 +31,13 @@ class Tokenizer:
         self.n_vocab: int = encoding.n_vocab
         self.end_of_text: int = encoding.eot_token
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes when any text could be encoded otherwise."""
+        ranks = sorted((rank, token.hex()) for token, rank in self.encoding._mergeable_ranks.items())
+        parts = (self.encoding._pat_str, ranks, sorted(self.encoding._special_tokens.items()))
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; special tokens written out in it are read as plain text."""
         return self.encoding.encode_ordinary(text)
@@ -121,6 +128,10 @@ def ranks_from_file(path: str) -> dict[bytes, int]:
         raise ConfigError(f"tokenizer_encoding: cannot read {path}: {error.strerror}; give a .tiktoken file") from None
     except ValueError as error:
         raise ConfigError(f"tokenizer_encoding: {path}: {error}; give a .tiktoken file") from None
+    if set(ranks.values()) != set(range(len(ranks))):
+        raise ConfigError(
+            f"tokenizer_encoding: {path}: the ranks of its {len(ranks)} tokens are not 0, 1, 2, ...; give a whole file"
+        )
     missing = [value for value in range(256) if bytes([value]) not in ranks]
     if missing:
         raise ConfigError(
@@ -139,6 +150,4 @@ def parse_ranks(raw: bytes) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
             raise ValueError(f"line {number}: got {line[:40]!r}, expected `base64 rank`") from None
-    if not ranks or set(ranks.values()) != set(range(len(ranks))):
-        raise ValueError(f"the ranks of its {len(ranks)} tokens are not 0, 1, 2, ...")
     return ranks

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import secrets
 import shutil
 from collections.abc import Sequence
@@ -41,6 +40,8 @@ MOST_SKIPPED = 10
 def train(config: Config, fresh: bool, world: World) -> None:
     """Train until `num_training_steps`, from the newest checkpoint in `output_dir` if any. Every rank calls."""
     start = world.first_rank_first(lambda: check(config, fresh))
+    found = [start.resume and start.resume.step, start.results is not None, start.tokens.fingerprint]
+    world.check_same({f"what is in {config.output_dir} and data": found})
     output_dir = Path(config.output_dir)
     if start.results is not None:
         if world.is_first:
@@ -53,19 +54,10 @@ def train(config: Config, fresh: bool, world: World) -> None:
     last_step = config.num_training_steps
     tokens_per_step = config.sequences_per_step * config.seq_len
     plan = BatchPlan(config.sequences_per_step, config.batch_size, world.size)
-    execution = resumed_execution(start.resume, config) or decide(config, n_vocab, world)
+    execution = resumed_execution(start.resume, config, world) or decide(config, n_vocab, world)
     state = run_state(config, start, execution)
     if world.is_first:
         prepare_output_dir(output_dir, config, anew=start.resume is None)
-        print(card(config, start, execution, plan, world), flush=True)
-
-    model = checkpoint.build_model(config, n_vocab)
-    running = parallelize(model, world, execution)
-    optimizer = build_optimizer(model, config.optimizer)
-    if start.resume:
-        checkpoint.load(start.resume, model, optimizer, world)
-    reader = ShuffledReader(start.tokens.train, n_vocab, config.seq_len, config.seed, plan, world.rank)
-    warm_up(running, [batch.to(world.device) for batch in reader.at(first_step)], world)
     log = open_log(
         world,
         config=config,
@@ -75,6 +67,18 @@ def train(config: Config, fresh: bool, world: World) -> None:
         peak=peak_tflops(world.device, execution.precision),
         wandb_run_id=state["wandb_run_id"],
     )
+    log.say(card(config, start, execution, plan, world))
+
+    model = checkpoint.build_model(config, n_vocab)
+    running = parallelize(model, world, execution)
+    optimizer = build_optimizer(model, config.optimizer)
+    if start.resume:
+        checkpoint.load(start.resume, model, optimizer, world)
+    reader = ShuffledReader(start.tokens.train, n_vocab, config.seq_len, config.seed, plan, world.rank)
+    if execution.compile:
+        log.say("compiling: up to half a minute the first time")
+    warm_up(running, [batch.to(world.device) for batch in reader.at(first_step)], world)
+    log.restart_clock()
 
     def score(max_tokens: int | None) -> Score:
         held_out = start.tokens.val
@@ -105,9 +109,11 @@ def train(config: Config, fresh: bool, world: World) -> None:
 
     final = score(None)
     log.evaluation(last_step, final.loss, final.perplexity)
-    log.close()
+    results = {"step": last_step} | final.results()
     if world.is_first:
-        finish(output_dir, model, start, {"step": last_step} | final.results())
+        finish(output_dir, model, start, results)
+    log.say(f"{json.dumps(results)}\nfinished: model.safetensors, eval.json and metrics.jsonl are in {output_dir}")
+    log.close()
 
 
 def due(step: int, every: int, last_step: int | None = None) -> bool:
@@ -115,13 +121,13 @@ def due(step: int, every: int, last_step: int | None = None) -> bool:
     return step % every == 0 or step == last_step
 
 
-def resumed_execution(resume: Checkpoint | None, config: Config) -> Execution | None:
-    """What the run being continued had decided, unless the config now says otherwise."""
+def resumed_execution(resume: Checkpoint | None, config: Config, world: World) -> Execution | None:
+    """What the run being continued had decided, unless the config or the device is now another."""
     if resume is None:
         return None
-    old = resume.state["config"]
-    same = (old["precision"], old["compile"]) == (config.precision, config.compile)
-    return Execution(**resume.state["execution"]) if same else None
+    execution, old = Execution(**resume.state["execution"]), resume.state["config"]
+    same = (old["precision"], old["compile"], execution.device) == (config.precision, config.compile, world.device.type)
+    return execution if same else None
 
 
 def run_state(config: Config, start: Start, execution: Execution) -> dict[str, Any]:
@@ -132,6 +138,7 @@ def run_state(config: Config, start: Start, execution: Execution) -> dict[str, A
         "order_version": ORDER_VERSION,
         "sequences_per_step": config.sequences_per_step,
         "tokens": start.tokens.fingerprint,
+        "tokenizer": start.tokenizer.fingerprint,
         "torch": torch.__version__,
         "wandb_run_id": start.resume.state["wandb_run_id"] if start.resume else secrets.token_hex(4),
     }
@@ -177,18 +184,17 @@ def check_numbers(step: int, loss: float, skipped_in_a_row: int) -> None:
     """Raise NumericsError, on every rank, when gradients have stopped being numbers: no weight has moved since."""
     if skipped_in_a_row >= MOST_SKIPPED:
         raise NumericsError(
-            f"step {step}: the last {skipped_in_a_row} gradients were not finite (the loss is {loss}), expected at most "
-            f"{MOST_SKIPPED - 1} in a row; lower max_lr, raise num_warmup_steps or use precision=fp32, and start again: "
-            "the last checkpoint is intact"
+            f"step {step}: the last {skipped_in_a_row} gradients were not finite (the loss is {loss}), "
+            f"expected fewer than {MOST_SKIPPED} in a row; lower max_lr, raise num_warmup_steps or use precision=fp32, "
+            "and start over; the last checkpoint is intact",
+            everywhere=True,
         )
 
 
 def finish(output_dir: Path, model: DecoderLM, start: Start, results: dict[str, Any]) -> None:
-    """Write the trained model and its score, and show the score."""
+    """Write the trained model and, last, its score: where there is an eval.json, the run is finished."""
     checkpoint.save_trained(output_dir, model, start.tokenizer)
     checkpoint.replace_durably(output_dir / "eval.json", (json.dumps(results, indent=2) + "\n").encode())
-    print(json.dumps(results))
-    print(f"finished: {output_dir}/model.safetensors, eval.json, metrics.jsonl")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ import datetime
 import gc
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,9 +38,6 @@ class World:
 
     rank: int
     size: int
-    local_rank: int
-    """Rank among the processes of this machine."""
-    local_size: int
     device: torch.device
     threads: int
     """Threads each CPU operation uses; part of what a bit-identical rerun needs."""
@@ -91,7 +89,7 @@ class World:
                 if failed is not None:
                     name, text = failed
                     prefix = f"rank {rank}: " if rank else ""
-                    raise getattr(errors, name)(prefix + text)
+                    raise getattr(errors, name)(prefix + text, everywhere=True)
         return result  # type: ignore[return-value]
 
     def check_same(self, values: dict[str, Any]) -> None:
@@ -104,7 +102,8 @@ class World:
                 rank = different[0]
                 raise ConfigError(
                     f"{key}: rank 0 has {found[0]} and rank {rank} has {found[rank]}, expected the same on every rank; "
-                    "start all machines with the same files and arguments"
+                    "start all machines with the same files and arguments",
+                    everywhere=True,
                 )
 
     def close(self) -> None:
@@ -129,7 +128,7 @@ def start(device: str) -> World:
         )
     try:
         rank, size = int(given.get("RANK", 0)), int(given.get("WORLD_SIZE", 1))
-        local_rank, local_size = int(given.get("LOCAL_RANK", rank)), int(given.get("LOCAL_WORLD_SIZE", size))
+        local_rank, local_size = int(given.get("LOCAL_RANK", rank)), max(1, int(given.get("LOCAL_WORLD_SIZE", 1)))
     except ValueError:
         raise MachineError(f"environment: got {given}, expected whole numbers; start with torchrun") from None
     if not 0 <= rank < size:
@@ -141,11 +140,13 @@ def start(device: str) -> World:
         torch.cuda.set_device(chosen)
     if size > 1:
         join_group(chosen, size == local_size)
-    return World(rank, size, local_rank, local_size, chosen, threads)
+    return World(rank, size, chosen, threads)
 
 
 def choose_device(device: str, local_rank: int, size: int) -> torch.device:
-    """The device for this rank; raises MachineError if it does not exist."""
+    """The device for this rank; raises ConfigError for what names none, MachineError if it does not exist."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?|mps", device):
+        raise ConfigError(f"device: got {device!r}, expected auto, cpu, cuda, cuda:N or mps; choose one of them")
     if device == "auto":
         if torch.cuda.is_available():
             device = "cuda"
@@ -175,7 +176,7 @@ def choose_device(device: str, local_rank: int, size: int) -> torch.device:
 
 
 def choose_threads(local_size: int) -> int:
-    """OMP_NUM_THREADS if the user set it, else this machine's processors shared among its ranks."""
+    """OMP_NUM_THREADS if set (but for torchrun's own 1), else this machine's processors shared among its ranks."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     by_torchrun = given == "1" and local_size > 1  # torchrun's default, whatever the number of processors
     if given.isdigit() and int(given) > 0 and not by_torchrun:
@@ -200,8 +201,8 @@ def join_group(device: torch.device, one_machine: bool) -> None:
 
 
 def is_interactive() -> bool:
-    """Whether a person watches standard error on a terminal that can redraw a line."""
-    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    """Whether a person watches standard output on a terminal that can redraw a line."""
+    return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def wandb_logged_in() -> bool:

@@ -19,11 +19,15 @@ fi
 # One process finds every mistake that can be found without a model, before several ranks would repeat it.
 device=$("$bin/python" -m distgpt.check --print-device "$@")
 
-gpus=$( (nvidia-smi -L 2>/dev/null || true) | wc -l)
+gpus=0
 case $device in
-  auto | cuda) ranks=${NPROC:-$((gpus > 0 ? gpus : 1))} ;;
-  *) ranks=${NPROC:-1} ;;
+  auto | cuda)
+    if [ -z "${NPROC:-}" ] && command -v nvidia-smi >/dev/null; then # torch counts what it can use
+      gpus=$("$bin/python" -c 'import torch; print(torch.cuda.device_count())')
+    fi
+    ;;
 esac
+ranks=${NPROC:-$((gpus > 1 ? gpus : 1))}
 case $ranks in
   '' | *[!0-9]* | 0*) echo "distgpt: error: NPROC: got '$ranks', expected a whole number from 1; set it to the ranks wanted" >&2 && exit 6 ;;
   1) exec "$bin/python" -m distgpt.train "$@" ;;

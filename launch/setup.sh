@@ -14,7 +14,7 @@ fail() {
   exit 6
 }
 
-new_enough() { "$1" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+new_enough() { "$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 if [ -z "${PYTHON:-}" ]; then
   for candidate in python3 python3.13 python3.12 python3.11; do
     if new_enough "$candidate"; then PYTHON=$candidate && break; fi

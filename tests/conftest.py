@@ -68,7 +68,9 @@ def command(name: str, arguments: Sequence[object], ranks: int = 1) -> list[str]
 
 def environment(**extra: str) -> dict[str, str]:
     """This process's environment, able to import the package, without what a torchrun around it would set."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")}
+    inherited = {
+        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")
+    }
     return inherited | {"PYTHONPATH": str(REPO)} | extra
 
 

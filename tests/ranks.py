@@ -37,7 +37,7 @@ from distgpt.world import World
 from tests.conftest import REPO, environment
 
 N_VOCAB, SEQ_LEN, SEQUENCES = 101, 16, 8
-PLAIN = Execution("fp32", compile=False)
+PLAIN = Execution("fp32", compile=False, device="cpu")
 
 
 def small_model(n_vocab: int = N_VOCAB, n_embd: int = 21) -> DecoderLM:
@@ -61,7 +61,7 @@ def step_gradients(world: World, folder: Path, batch_size: int, dtype: torch.dty
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, fused=True)
     result = train_step(running, optimizer, reader.at(5), SEQUENCES * SEQ_LEN, 1e9, world)
     gradients = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
-    np.savez(folder / f"gradients-{batch_size}-{dtype}-{world.rank}.npz", **gradients)
+    np.savez(folder / f"gradients-{batch_size}-{dtype}-{world.rank}.npz", **gradients)  # type: ignore[arg-type]
     loss = float(world.sum(result.loss_sum.double())) / (SEQUENCES * SEQ_LEN)
     return {"loss": loss, "norm": float(result.grad_norm), "micro_steps": plan.micro_steps}
 
@@ -82,7 +82,7 @@ def reductions(world: World, folder: Path) -> Any:
 
     def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP reads annotations, and refuses their names as text
         counted[0] += 1
-        return allreduce_hook(None, bucket)
+        return allreduce_hook(None, bucket)  # type: ignore[arg-type]
 
     running.register_comm_hook(None, hook)
     plan = BatchPlan(3 * world.size, 1, world.size)

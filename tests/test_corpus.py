@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distgpt import config as configs, corpus as corpora
+from distgpt import config as configs
+from distgpt import corpus as corpora
 from distgpt.config import Config
 from distgpt.corpus import make_sample_corpus, open_corpus, sample_corpus_path, sample_texts
 from distgpt.errors import DataError
@@ -32,7 +33,7 @@ def short_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_without_a_file_the_sample_corpus_is_made_once_and_said(short_library: Path) -> None:
     tokenizer, config = load_tokenizer("gpt2"), load()
     tokens = open_corpus(config, tokenizer)
-    assert tokens.path == sample_corpus_path("gpt2")
+    assert tokens.path == sample_corpus_path(tokenizer)
     assert tokens.note is not None and "no data/tokens.npz" in tokens.note
     written = tokens.path.stat().st_mtime_ns
     assert open_corpus(config, tokenizer).path.stat().st_mtime_ns == written
@@ -70,7 +71,7 @@ def test_tokens_npz_is_used_where_it_exists(short_library: Path) -> None:
 
 
 def test_a_file_that_was_asked_for_is_never_replaced_by_the_sample(short_library: Path) -> None:
-    with pytest.raises(DataError, match="nowhere.npz: cannot read"):
+    with pytest.raises(DataError, match=r"nowhere\.npz: cannot read"):
         open_corpus(load("data=nowhere.npz"), load_tokenizer("gpt2"))
     assert not (short_library / "data").exists()
 

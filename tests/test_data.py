@@ -28,7 +28,9 @@ def tokens_of(folder: Path, length: int) -> TokenArray:
     return open_tokens(folder / f"{length}.npy")["tokens"]
 
 
-def reader(folder: Path, windows: int, G: int, ranks: int, rank: int, batch_size: int = 4, seed: int = 0) -> ShuffledReader:
+def reader(
+    folder: Path, windows: int, G: int, ranks: int, rank: int, batch_size: int = 4, seed: int = 0
+) -> ShuffledReader:
     return ShuffledReader(tokens_of(folder, windows * T + 1), 65_536, T, seed, BatchPlan(G, batch_size, ranks), rank)
 
 

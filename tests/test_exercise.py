@@ -19,7 +19,7 @@ from distgpt.shards import open_tokens
 from distgpt.step import train_step
 from distgpt.world import World
 
-ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
+ALONE = World(rank=0, size=1, device=torch.device("cpu"), threads=1)
 
 
 def test_the_learning_rate_schedule() -> None:

@@ -109,10 +109,11 @@ def test_prompts_that_do_not_fit_are_refused_and_empty_ones_begin_a_document() -
 
 
 @pytest.mark.parametrize(
-    "option", ["--temperature=-1", "--temperature=nan", "--top-k=0", "--max-new-tokens=0", "--seed=-1", "--batch-size=0"]
+    "option",
+    ["--temperature=-1", "--temperature=nan", "--top-k=0", "--max-new-tokens=0", "--seed=-1", "--batch-size=0"],
 )
 def test_numbers_out_of_range_are_refused(option: str) -> None:
-    with pytest.raises(ConfigError, match=f"{option.split('=')[0]}: got"):
+    with pytest.raises(ConfigError, match=f"{option.split('=', maxsplit=1)[0]}: got"):
         parse(["run", "--prompt", "x", option])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from distgpt.optim import build_optimizer, learning_rate, set_learning_rate
 @pytest.mark.parametrize(("warmup", "steps"), [(10, 2000), (0, 10), (10, 10), (1, 1), (0, 1)])
 def test_the_schedule_rises_falls_and_stays(warmup: int, steps: int) -> None:
     rates = [learning_rate(step, warmup, steps, 1e-4, 5e-4) for step in range(steps + 5)]
-    assert all(a < b for a, b in zip(rates[:warmup], rates[1 : warmup + 1], strict=False)) or warmup == steps
-    assert all(a > b for a, b in zip(rates[warmup:steps], rates[warmup + 1 : steps + 1], strict=True))
+    assert all(a < b for a, b in pairwise(rates[:warmup]))
+    assert all(a > b for a, b in pairwise(rates[warmup : steps + 1]))
     assert rates[steps:] == [1e-4] * 5
     middle = (warmup + steps) / 2
     if middle.is_integer() and steps > warmup:

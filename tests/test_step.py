@@ -16,7 +16,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
 @pytest.fixture(scope="module", params=list(TOLERANCE), ids=str)
-def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.dtype, dict[str, np.ndarray], float]:
+def reference(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[torch.dtype, dict[str, np.ndarray], float]:
     """Loss and gradients of step 5 by plain autograd over the whole batch, with none of the project's step."""
     dtype = request.param
     model = small_model().to(dtype)

@@ -60,7 +60,7 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "ranks of its 0 tokens"),
+        (b"", "no token for byte 0"),
         (b"AA== 0\nnonsense\n", "line 2"),
         (b"AA== 0\nAQ== 2\n", "not 0, 1, 2"),
         (b"AA== 0\nAQ== 1\n", "no token for byte 2"),

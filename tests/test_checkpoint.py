@@ -1,0 +1,167 @@
+"""A checkpoint is whole or refused; what is damaged, strange or hostile is never loaded."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from distgpt import checkpoint, train
+from distgpt.checkpoint import newest, verify
+from distgpt.errors import CheckpointError, DataError
+from distgpt.model import DecoderLM
+
+
+@pytest.fixture
+def output_dir(config_file: Path, tmp_path: Path) -> Path:
+    """A finished run with checkpoints at steps 8 and 12."""
+    train.main([str(config_file), "precision=fp32", "compile=off"])
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def whole(output_dir: Path) -> Path:
+    """Its newest checkpoint."""
+    return output_dir / "checkpoints" / "step-00000012"
+
+
+def test_every_flipped_or_missing_byte_is_found(whole: Path) -> None:
+    verify(whole)
+    for path in sorted(whole.iterdir()):
+        raw = path.read_bytes()
+        for where in {0, 1, len(raw) // 3, len(raw) // 2, len(raw) - 2, len(raw) - 1}:
+            damaged = bytearray(raw)
+            damaged[where] ^= 0x10
+            for content in (bytes(damaged), raw[:where]):
+                path.write_bytes(content)
+                if path.name == checkpoint.MANIFEST and json_equal(content, raw):
+                    continue  # the flip changed white space
+                with pytest.raises(CheckpointError, match=path.parent.name):
+                    verify(whole)
+        path.write_bytes(raw)
+    verify(whole)
+
+
+def json_equal(one: bytes, other: bytes) -> bool:
+    try:
+        return bool(json.loads(one) == json.loads(other))
+    except ValueError:
+        return False
+
+
+def test_a_file_that_is_not_in_the_manifest_is_refused(whole: Path) -> None:
+    (whole / "extra.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"extra\.safetensors: damaged"):
+        verify(whole)
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": 1}',
+        '{"format": 1, "files": {}}',
+        '{"format": 2, "files": {}}',
+        '{"format": 1, "files": 3}',
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(whole: Path, manifest: str) -> None:
+    (whole / checkpoint.MANIFEST).write_text(manifest)
+    with pytest.raises(CheckpointError):
+        verify(whole)
+
+
+def test_strange_names_are_no_checkpoints(output_dir: Path) -> None:
+    folder = output_dir / "checkpoints"
+    for name in ("step-99", "step-00000099.bak", ".step-00000099.partial", "step-xxxxxxxx", "latest"):
+        (folder / name).mkdir()
+    (folder / "step-00000098").write_text("a file")
+    found, rejected = newest(output_dir)
+    assert found is not None and found.step == 12
+    assert len(rejected) == 1 and "step-00000098" in rejected[0]
+
+
+def test_the_newest_sound_one_is_chosen_and_others_named(output_dir: Path, whole: Path) -> None:
+    (whole / checkpoint.STATE).write_text("{}")
+    found, rejected = newest(output_dir)
+    assert found is not None and found.step == 8
+    assert len(rejected) == 1 and "state.json: damaged" in rejected[0]
+
+
+def test_pruning_keeps_the_newest_sound_ones(output_dir: Path) -> None:
+    folder = output_dir / "checkpoints"
+    (folder / "step-00000004").mkdir()
+    (folder / "step-00000099").mkdir()  # passed over as damaged when the run went on from 12
+    (folder / ".step-00000050.partial").mkdir()
+    checkpoint.prune(output_dir, 12, keep=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000008", "step-00000012"]
+
+
+def test_no_pickle_is_ever_run(output_dir: Path, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+
+    class Payload:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return Path.mkdir, (canary,)
+
+    evil = pickle.dumps(Payload())
+    (output_dir / checkpoint.WEIGHTS).write_bytes(evil)
+    with pytest.raises(CheckpointError, match="does not load"):
+        checkpoint.load_trained(output_dir)
+    for path in (output_dir / "checkpoints").rglob("*.*"):
+        if path.is_file():
+            path.write_bytes(evil)
+    (output_dir / "checkpoints" / "step-00000012" / ".metadata").write_bytes(evil)
+    assert newest(output_dir)[0] is None
+    assert not canary.exists()
+
+
+def test_a_trained_model_comes_back_without_its_padding(output_dir: Path) -> None:
+    from safetensors.torch import load_file
+
+    raw = load_file(output_dir / checkpoint.WEIGHTS)
+    assert raw["token_embedding.weight"].shape == (257, 32)
+    assert all("module" not in name and "_orig" not in name for name in raw)
+    model, tokenizer, config = checkpoint.load_trained(output_dir)
+    assert tokenizer.n_vocab == 257 and config.seq_len == 32
+    for name, tensor in model.trained_weights().items():
+        assert torch.equal(tensor, raw[name])
+    assert (model.token_embedding.weight[257:] == 0).all()
+
+
+def test_weights_of_another_shape_are_refused_by_name() -> None:
+    small, large = DecoderLM(11, 8, 2, 4, 1), DecoderLM(11, 16, 2, 4, 1)
+    with pytest.raises(ValueError, match=r"attention\.out\.bias: \(16,\) torch\.float32, expected \(8,\)"):
+        small.load_trained_weights(large.trained_weights())
+
+
+def test_a_folder_that_holds_no_model_says_what_it_holds(output_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no trained model"):
+        checkpoint.load_trained(tmp_path)
+    (output_dir / checkpoint.WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match="unfinished run"):
+        checkpoint.load_trained(output_dir)
+
+
+def test_a_model_without_checkpoints_is_not_overwritten(config_file: Path, output_dir: Path) -> None:
+    from distgpt.errors import ConfigError
+
+    checkpoint.remove(output_dir / "checkpoints")
+    before = (output_dir / checkpoint.WEIGHTS).read_bytes()
+    with pytest.raises(ConfigError, match="holds a trained model and no checkpoint"):
+        train.main([str(config_file)])
+    assert (output_dir / checkpoint.WEIGHTS).read_bytes() == before
+
+
+def test_tokens_changed_under_the_same_name_are_found(config_file: Path, output_dir: Path, corpus: Path) -> None:
+    import numpy as np
+
+    own = config_file.with_name("own.npz")
+    np.savez(own, train=np.arange(9000) % 99, val=np.arange(99))
+    with pytest.raises(DataError, match=r"own\.npz: got tokens .* but the run in"):
+        train.main([str(config_file), f"data={own}", "num_training_steps=20"])

@@ -1,0 +1,117 @@
+"""What is recorded is right, survives a crash, and neither a slow nor a broken outlet holds the run up."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from distgpt import config as configs
+from distgpt import metrics
+from distgpt.config import Config
+from distgpt.metrics import Log, Silence, WandbThread, duration, truncate
+from tests.conftest import read_metrics
+
+
+@pytest.fixture
+def config(config_file: Path) -> Config:
+    config = configs.load(config_file)
+    Path(config.output_dir).mkdir(parents=True)
+    return config
+
+
+def make_log(config: Config, first_step: int = 0, peak: float | None = None) -> Log:
+    return Log(config, first_step, tokens_per_step=1000, flops_per_token=10**9, peak=peak, ranks=2, wandb_run_id="x")
+
+
+def test_speed_is_tokens_over_time_and_mfu_is_per_device(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    log = make_log(config, peak=10.0)
+    now[0] += 2.0
+    log.step_done(4)
+    log.step(4, 3.5, 1e-3, 0.5)  # 4,000 tokens in 2 s
+    now[0] += 50.0
+    log.evaluation(4, 3.0, 20.0)  # its 50 s are nobody's speed
+    now[0] += 1.0
+    log.step_done(5)
+    log.step(5, float("nan"), 1e-3, float("inf"))
+    log.close()
+    first, val, last = read_metrics(Path(config.output_dir))
+    assert (first["tokens-per-second"], first["tflops"], first["mfu"]) == (2000.0, 2.0, 0.1)
+    assert val == {"step": 4, "val-loss": 3.0, "val-perplexity": 20.0}
+    assert (last["tokens-per-second"], last["train-loss"], last["grad-norm"]) == (1000.0, None, None)
+    assert last["tokens"] == 5000
+
+
+def test_what_came_after_the_restored_step_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "val-loss": 3}\n{"step": 3}\n{"step": 4, "tr')
+    truncate(path, 2)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 2, "val-loss": 3},
+    ]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "00:00"), (59.6, "01:00"), (3599, "59:59"), (3661, "1:01:01")])
+def test_durations_read_as_clocks(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_other_ranks_write_nothing() -> None:
+    silence = Silence()
+    assert silence.step(1, 2.0, 3.0, 4.0) is None and silence.say("x") is None
+
+
+class Gone(io.StringIO):
+    """A standard output whose reader has left."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_a_lost_terminal_does_not_stop_the_record(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", Gone())
+    log = make_log(config)
+    log.step(1, 3.5, 1e-3, 0.5)
+    log.step(2, 3.5, 1e-3, 0.5)
+    log.close()
+    assert [row["step"] for row in read_metrics(Path(config.output_dir))] == [1, 2]
+
+
+def test_offline_wandb_gets_every_record(config: Config, tmp_path: Path) -> None:
+    thread = WandbThread(config, "abc123", "offline")
+    for step in range(5):
+        thread.send({"step": step, "train-loss": 1.0})
+    thread.CLOSE_SECONDS = 60
+    assert thread.close() is None
+    (folder,) = (Path(config.output_dir) / "wandb").glob("offline-run-*-abc123")
+    assert list(folder.glob("*.wandb"))
+
+
+@pytest.mark.parametrize("body", ["raise OSError('no network')", "import time; time.sleep(60)"])
+def test_wandb_that_fails_or_hangs_holds_nothing_up(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str
+) -> None:
+    """A package of that name, on the path before the real one, whose init fails or hangs."""
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "__init__.py").write_text(
+        f"class Settings:\n    def __init__(self, **k): pass\ndef init(**k):\n    {body}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.split(".")[0] == "wandb"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(metrics.WandbThread, "CLOSE_SECONDS", 0.5)
+    thread = WandbThread(config, "abc123", "online")
+    started_at = time.monotonic()
+    for step in range(20_000):  # more than its queue holds
+        thread.send({"step": step})
+    failure = thread.close()
+    assert time.monotonic() - started_at < 5
+    assert failure is not None and ("no network" in failure or "still busy" in failure)
