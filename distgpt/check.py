@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from distgpt import config as configs
 from distgpt.checkpoint import Checkpoint
 from distgpt.config import Config
 from distgpt.corpus import ORDER_VERSION, Tokens, open_corpus
-from distgpt.errors import CheckpointError, ConfigError, DataError, MachineError, run_command
+from distgpt.errors import CheckpointError, ConfigError, DataError, MachineError, leave, run_command
 from distgpt.tokenizer import Tokenizer, load_tokenizer
 
 MAY_CHANGE = {
@@ -93,8 +92,9 @@ def check_output_dir(output_dir: Path) -> None:
         if not existing.is_dir():
             raise MachineError(f"output_dir: {existing} is a file, expected a folder; choose another output_dir")
         tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        raise MachineError(f"output_dir: cannot write in {existing}: {error.strerror}; choose another") from None
+    except (OSError, RecursionError) as error:
+        reason = getattr(error, "strerror", "too many folders")
+        raise MachineError(f"output_dir: cannot write in {str(existing)[:200]}: {reason}; choose another") from None
 
 
 def refuse_changes(config: Config, tokenizer: Tokenizer, tokens: Tokens, found: Checkpoint) -> None:
@@ -142,9 +142,12 @@ def changes_allowed(config: Config, found: Checkpoint) -> list[str]:
 
 def finished_results(output_dir: Path, step: int, config: Config) -> dict[str, Any] | None:
     """The results of a run that has made all its steps and been scored; None for one that has more to do."""
-    if step < config.num_training_steps or not (output_dir / "eval.json").is_file():
+    if step < config.num_training_steps or not (output_dir / checkpoint.WEIGHTS).is_file():
         return None
-    results = checkpoint.read_json(output_dir / "eval.json")
+    try:
+        results = checkpoint.read_json(output_dir / "eval.json")
+    except CheckpointError:
+        return None  # scoring again is cheap
     return results if results.get("step") == step else None
 
 
@@ -163,4 +166,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    leave(run_command(main))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distgpt import config as configs
-from distgpt.errors import CheckpointError, MachineError
+from distgpt.errors import CheckpointError, ConfigError, MachineError
 from distgpt.tokenizer import Tokenizer, load_saved
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises CheckpointError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: unreadable ({error}); restore or delete {path.parent}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: got {type(value).__name__}, expected a JSON object; delete {path.parent}")
@@ -162,6 +162,11 @@ def prune(output_dir: Path, step: int, keep: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def remove_all(output_dir: Path) -> None:
+    """Delete every checkpoint, and nothing else."""
+    prune(output_dir, step=-1, keep=0)
+
+
 def load(checkpoint: Checkpoint, model: DecoderLM, optimizer: torch.optim.Optimizer, world: World) -> None:
     """Put a checkpoint's tensors into the model and its optimizer. Every rank calls, with any number of ranks."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -227,13 +232,19 @@ def load_trained(output_dir: Path) -> tuple[DecoderLM, Tokenizer, configs.Config
             f"{output_dir} holds no trained model: give the output_dir of a finished run, such as outputs/GPT-tiny"
         )
         raise CheckpointError(known if any(on_disk(output_dir)) else unknown)
-    config = configs.load(output_dir / "config.yaml")
+    try:
+        config = configs.load(output_dir / "config.yaml")
+    except ConfigError as error:
+        raise CheckpointError(f"{error}; restore {output_dir / 'config.yaml'} or train again") from None
     tokenizer = load_saved(output_dir / TOKENIZER)
     model = build_model(config, tokenizer.n_vocab)
     try:
         model.load_trained_weights(safetensors.torch.load_file(output_dir / WEIGHTS))
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"{output_dir / WEIGHTS}: does not load ({error}); train again or restore it") from None
+    spoiled = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if spoiled:
+        raise CheckpointError(f"{output_dir / WEIGHTS}: {spoiled[0]} holds NaN or infinity; train again or restore it")
     model.eval()
     return model, tokenizer, config
 

@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import math
 import re
-import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ import yaml
 from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from distgpt.errors import ConfigError, run_command
+from distgpt.errors import ConfigError, Parser, leave, run_command
 
 Text = Annotated[str, Strict(), Field(min_length=1, max_length=4096)]
 Size = Annotated[int, Strict(), Field(ge=1, le=2**20)]
@@ -174,7 +173,9 @@ class BatchPlan:
     def equation(self, seq_len: int) -> str:
         """The batch arithmetic in one line, for people."""
         total = f"{self.sequences:,} sequences ({self.sequences * seq_len:,} tokens) per step"
-        sizes = sorted({size for rank in range(self.ranks) for size in self.micro_batches(rank)})
+        shares = {len(range(rank, self.sequences, self.ranks)) for rank in (0, self.ranks - 1)}
+        steps = self.micro_steps
+        sizes = sorted({size for share in shares for size in (share // steps, -(-share // steps))})
         each = " or ".join(f"{size:,}" for size in sizes)
         line = f"{total} = {count(self.ranks, 'rank')} x {each} sequences x {count(self.micro_steps, 'micro-step')}"
         full = self.ranks * self.batch_size * self.micro_steps
@@ -190,7 +191,7 @@ def count(n: int, noun: str) -> str:
 
 # Reading: YAML nodes keep their line numbers, so that each complaint can name its place.
 
-MAX_CONFIG_BYTES = 2**16
+MAX_CONFIG_BYTES, MAX_DEPTH = 2**16, 8
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 NUMBER = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 CONSTANTS = {"true": True, "True": True, "false": False, "False": False, "null": None, "~": None, "": None}
@@ -253,10 +254,14 @@ def read_text(path: str | Path) -> str:
 def compose(text: str, source_name: str) -> yaml.Node | None:
     """YAML text as nodes. Aliases are refused: expanded, a few lines of them fill any memory."""
     try:
+        depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            line = event.start_mark.line + 1 if event.start_mark else 1
             if isinstance(event, yaml.AliasEvent):
-                line = event.start_mark.line + 1 if event.start_mark else 1
                 raise ConfigError(f"{source_name}:{line}: got an alias (*), which configs do not use; repeat the value")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise ConfigError(f"{source_name}:{line}: nested too deeply; expected `key: value` lines")
         node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
         return node
     except yaml.MarkedYAMLError as error:
@@ -267,8 +272,6 @@ def compose(text: str, source_name: str) -> yaml.Node | None:
         raise ConfigError(
             f"{source_name}: not valid YAML: character {error.character!r} at byte {error.position}; remove it"
         ) from None
-    except RecursionError:
-        raise ConfigError(f"{source_name}: nested too deeply; expected `key: value` lines") from None
 
 
 def convert(node: yaml.Node, key: Key, source_name: str, source: Source) -> Any:
@@ -314,6 +317,9 @@ def apply_override(override: str, source: Source) -> None:
         source.report((), COMMAND_LINE, f"got {override!r}, expected key=value, as in max_lr=1e-3{hint}")
         return
     key = tuple(name.split("."))
+    if len(key) > MAX_DEPTH:
+        source.report((), COMMAND_LINE, f"got {name[:40]!r}..., expected at most {MAX_DEPTH} names; shorten it")
+        return
     node = compose(text, COMMAND_LINE)
     values = source.values
     for part in key[:-1]:
@@ -498,9 +504,9 @@ def to_yaml(config: Config) -> str:
     return text
 
 
-def config_parser(prog: str, description: str) -> argparse.ArgumentParser:
+def config_parser(prog: str, description: str) -> Parser:
     """The command line that every command with a config shares: CONFIG [key=value ...]."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog, description=description, epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/GPT-tiny.yaml")
@@ -522,4 +528,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    leave(run_command(main))

@@ -68,8 +68,10 @@ def open_corpus(config: Config, tokenizer: Tokenizer) -> Tokens:
                 f"{path}: {name} has {len(arrays[name])} tokens, expected at least 2; make the tokens again"
             )
     tokens = Tokens(path, arrays["train"], arrays["val"], note)
-    tokens.train.check(tokenizer.n_vocab, CHECKED_AT_START)
-    tokens.val.check(tokenizer.n_vocab, CHECKED_AT_START)
+    for array in (tokens.train, tokens.val):
+        array.check(tokenizer.n_vocab, CHECKED_AT_START)
+        if len(array) <= CHECKED_AT_START:
+            array.verify()
     G, T = config.sequences_per_step, config.seq_len
     if window_count(len(tokens.train), T) < G:
         raise DataError(
@@ -81,7 +83,7 @@ def open_corpus(config: Config, tokenizer: Tokenizer) -> Tokens:
 
 def window_count(tokens: int, seq_len: int) -> int:
     """Training windows in a stream: seq_len tokens each, plus one so that the last has a target."""
-    return (tokens - 1) // seq_len
+    return max(0, tokens - 1) // seq_len
 
 
 def sample_corpus_path(tokenizer: Tokenizer) -> Path:

@@ -9,9 +9,7 @@ only the step number, and any number of ranks reads the same sequences at the sa
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from distgpt.config import BatchPlan
 from distgpt.corpus import window_count
-from distgpt.errors import ConfigError, DataError, UserError, run_command
+from distgpt.errors import ConfigError, DataError, Parser, UserError, leave, run_command
 from distgpt.loss import IGNORED
 from distgpt.shards import TokenArray, open_tokens
 from distgpt.tokenizer import load_tokenizer
@@ -169,7 +167,7 @@ def to_batch(windows: Sequence[np.ndarray], seq_len: int, size: int) -> Batch:
 
 def main(arguments: Sequence[str]) -> None:
     """Check every token of a file and show what it holds."""
-    parser = argparse.ArgumentParser(prog="python -m distgpt.data", description=main.__doc__)
+    parser = Parser(prog="python -m distgpt.data", description=main.__doc__)
     parser.add_argument("path", metavar="PATH", help=".npz file with arrays train and val, or an .npy file")
     parser.add_argument("--tokenizer", default="gpt2", help="encoding of the tokens (default gpt2)")
     parser.add_argument("--seq-len", type=int, default=128, help="window length to count windows for (default 128)")
@@ -182,6 +180,7 @@ def main(arguments: Sequence[str]) -> None:
         raise DataError(f"{options.path}: holds no arrays, expected train and val; make it with numpy.savez")
     for name, tokens in arrays.items():
         tokens.check(tokenizer.n_vocab)
+        tokens.verify()
         print(
             f"{name}: {len(tokens):,} tokens ({tokens.dtype}), {window_count(len(tokens), options.seq_len):,} windows"
         )
@@ -190,4 +189,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    leave(run_command(main))

@@ -5,10 +5,12 @@ Exit codes: 0 done, 1 a bug of ours, 2 config, 3 data, 4 checkpoint, 5 numerics,
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -20,6 +22,14 @@ class UserError(Exception):
         super().__init__(text)
         self.everywhere = everywhere
         """Whether every rank raises it alike, so that one voice a machine is enough."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are reported like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError."""
+        raise ConfigError(f"command line: {message}; --help shows what is expected", everywhere=True)
 
 
 class ConfigError(UserError):
@@ -57,11 +67,12 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> int:
 
     `--debug` anywhere in the arguments shows the traceback too. What every rank finds, the first of each machine says.
     """
-    arguments = sys.argv[1:]
+    arguments = [os.fsencode(argument).decode("utf-8", "surrogateescape") for argument in sys.argv[1:]]
     debug = "--debug" in arguments
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it was closed
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # whatever the locale, printing is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):  # whatever the locale, printing is no reason to fail
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         return main([argument for argument in arguments if argument != "--debug"]) or 0
     except UserError as error:
@@ -69,7 +80,7 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> int:
             raise
         first = os.environ.get("LOCAL_RANK", "0") == "0"
         if first or not error.everywhere:
-            rank = "" if first else f"rank {os.environ.get('RANK')}: "
+            rank = "" if first else f"rank {os.environ.get('RANK', '?')}: "
             print("\n".join(f"distgpt: error: {rank}{line}" for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
@@ -80,6 +91,12 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> int:
             raise
         place = error.filename or "a file or stream"
         print(f"distgpt: error: {place}: {error.strerror}; mend that and run the same command again", file=sys.stderr)
+        return MachineError.exit_code
+    except (MemoryError, RuntimeError) as error:  # torch's errors of this kind are RuntimeErrors
+        if debug or not (isinstance(error, MemoryError) or "memory" in str(error)):
+            raise
+        reason = (str(error).splitlines() or ["out of memory"])[0]
+        print(f"distgpt: error: {reason}; lower batch_size (the result stays the same) or the model", file=sys.stderr)
         return MachineError.exit_code
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import tempfile
@@ -22,7 +21,7 @@ from distgpt.checkpoint import load_trained
 from distgpt.config import Config
 from distgpt.corpus import open_corpus
 from distgpt.data import held_out_batches
-from distgpt.errors import DataError, leave, run_command
+from distgpt.errors import DataError, Parser, leave, run_command
 from distgpt.loss import IGNORED
 from distgpt.parallel import decide, parallelize
 from distgpt.shards import TokenArray, open_tokens, smallest_dtype
@@ -114,7 +113,7 @@ def open_held_out(source: str | None, config: Config, tokenizer: Tokenizer) -> t
 
 def main(arguments: Sequence[str]) -> None:
     """Score a trained model on held-out tokens or text."""
-    parser = argparse.ArgumentParser(prog="python -m distgpt.evaluate", description=main.__doc__)
+    parser = Parser(prog="python -m distgpt.evaluate", description=main.__doc__)
     parser.add_argument("run", metavar="RUN", help="output_dir of a finished run, such as outputs/GPT-tiny")
     parser.add_argument("--data", metavar="FILE", help=".npz, .npy or text file (default: the run's validation tokens)")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps (default: the run's)")

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distgpt import world as worlds
-from distgpt.checkpoint import load_trained
-from distgpt.errors import ConfigError, DataError, run_command
+from distgpt.checkpoint import load_trained, replace_durably
+from distgpt.errors import ConfigError, DataError, Parser, leave, run_command
 from distgpt.model import DecoderLM, KeyValueCache
 from distgpt.tokenizer import Tokenizer
 
@@ -110,7 +110,7 @@ def generate(
 def read_prefixes(path: Path) -> list[str]:
     """The `prefix` of each line of a JSON-lines file. Raises DataError naming the line."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise DataError(f'{path}: cannot read: {error.strerror}; give a file with a {{"prefix": ...}} a line') from None
     except UnicodeDecodeError as error:
@@ -145,7 +145,7 @@ def encode_prompts(texts: Sequence[str], tokenizer: Tokenizer, n_positions: int)
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line, its numbers checked. Raises ConfigError."""
-    parser = argparse.ArgumentParser(prog="python -m distgpt.generate", description=main.__doc__)
+    parser = Parser(prog="python -m distgpt.generate", description=main.__doc__)
     parser.add_argument("run", metavar="RUN", help="output_dir of a finished run, such as outputs/GPT-tiny")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated")
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str]) -> None:
         output = Path(options.output or run / "generation.jsonl")
         rows = [{"prefix": text, "generation": new} for text, new in zip(texts, generations, strict=True)]
         try:
-            output.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            replace_durably(output, "".join(json.dumps(row) + "\n" for row in rows).encode())
         except OSError as error:
             raise ConfigError(f"--output: cannot write {output}: {error.strerror}; choose another file") from None
         print(f"{len(rows)} generations written to {output}")
@@ -206,4 +206,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    leave(run_command(main))

@@ -11,7 +11,7 @@ import os
 import shutil
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,6 +38,8 @@ class TokenArray:
     fingerprint: str
     """Differs between files of different tokens. It comes from headers, so it does not find a flipped byte."""
     descriptor: int
+    stored: tuple[int, int, int] | None = None
+    """First byte, bytes and CRC-32 of the zip member that holds the array; None for a plain .npy."""
 
     def __len__(self) -> int:
         return self.length
@@ -77,6 +79,20 @@ class TokenArray:
         for start in starts:
             self.read(start, min(start + SCAN_TOKENS, self.length), n_vocab)
 
+    def verify(self) -> None:
+        """Compare all bytes with the checksum in the file, where it has one. Raises DataError."""
+        if self.stored is None:
+            return
+        start, size, expected = self.stored
+        found = 0
+        for position in range(start, start + size, SCAN_TOKENS):
+            found = zlib.crc32(os.pread(self.descriptor, min(SCAN_TOKENS, start + size - position), position), found)
+        if found != expected:
+            raise DataError(
+                f"{self.path}: {self.name} has checksum {found:08x}, expected {expected:08x} as the file says; "
+                "it is damaged: fetch or make it again"
+            )
+
 
 def open_tokens(path: str | Path) -> dict[str, TokenArray]:
     """The token arrays of an .npz file (`train`, `val`, ...) or an .npy file (called `tokens`), checked but not read.
@@ -85,6 +101,10 @@ def open_tokens(path: str | Path) -> dict[str, TokenArray]:
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise DataError(
+                f"{path}: got a folder or device, expected an .npz file with arrays train and val; name one"
+            )
         with path.open("rb") as file:
             magic = file.read(6)
             if magic.startswith(b"PK"):
@@ -110,10 +130,19 @@ def open_npz(path: Path) -> dict[str, TokenArray]:
                 fingerprint = f"{member.file_size}-{member.CRC:08x}"
                 if member.compress_type == zipfile.ZIP_STORED:
                     start = member_start(archive, member)
-                    arrays[name] = open_npy(path, name, start, start + member.file_size, fingerprint)
+                    array = open_npy(path, name, start, start + member.file_size, fingerprint)
+                    arrays[name] = replace(array, stored=(start, member.file_size, member.CRC))
                 else:
                     arrays[name] = open_npy(unpack(archive, member, path), name, fingerprint=fingerprint)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        zlib.error,
+        lzma.LZMAError,
+    ) as error:
         raise DataError(
             f"{path}: damaged .npz ({path.stat().st_size:,} bytes: {error}); fetch or make it again"
         ) from None
@@ -145,11 +174,14 @@ def unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> Pat
                 f"has {free:,} free; make room, or save it with numpy.savez instead of savez_compressed"
             )
         partial = target.with_suffix(f".{os.getpid()}.partial")
-        with archive.open(member) as packed, partial.open("wb") as file:
-            shutil.copyfileobj(packed, file, 2**20)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
+        try:
+            with archive.open(member) as packed, partial.open("wb") as file:
+                shutil.copyfileobj(packed, file, 2**20)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(
             f"{path}: compressed, and cannot be unpacked to {folder}: {error.strerror}; "

@@ -77,7 +77,7 @@ def load_tokenizer(encoding: str) -> Tokenizer:
     if encoding == "bytes":
         return build("bytes", r"[\s\S]", {bytes([value]): value for value in range(256)}, {})
     if encoding.endswith(".tiktoken"):
-        return build(Path(encoding).stem, r50k_pat_str, ranks_from_file(encoding), {})
+        return from_file(encoding)
     known = tiktoken.list_encoding_names()
     if encoding not in known:
         near = difflib.get_close_matches(encoding, [*known, "bytes"], n=1)
@@ -101,12 +101,17 @@ def load_saved(folder: Path) -> Tokenizer:
         details = json.loads((folder / DETAILS_FILE).read_text(encoding="utf-8"))
         ranks = parse_ranks((folder / RANKS_FILE).read_bytes())
         return build(details["name"], details["pattern"], ranks, details["special_tokens"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder}: no readable tokenizer ({error}); train again or restore the folder") from None
 
 
 def build(name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int]) -> Tokenizer:
-    """A tokenizer from its parts; without special tokens, end-of-text takes the next free id."""
+    """A tokenizer from its parts; without special tokens, end-of-text takes the next free id. Raises ValueError."""
+    missing = [value for value in range(256) if bytes([value]) not in ranks]
+    if missing:
+        raise ValueError(f"no token for byte {missing[0]} (and {len(missing) - 1} others): some texts have no encoding")
+    if not all(isinstance(token, str) and isinstance(rank, int) and rank >= 0 for token, rank in special.items()):
+        raise ValueError(f"special tokens {special}, expected texts with ids")
     special = special or {ENDOFTEXT: max(ranks.values()) + 1}
     return Tokenizer(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
 
@@ -120,25 +125,17 @@ def embedded_ranks() -> dict[bytes, int]:
     return parse_ranks(raw)
 
 
-def ranks_from_file(path: str) -> dict[bytes, int]:
-    """The ranks in a .tiktoken file; raises ConfigError naming the line that is wrong."""
+def from_file(path: str) -> Tokenizer:
+    """The tokenizer whose ranks a .tiktoken file holds; raises ConfigError naming what is wrong."""
     try:
         ranks = parse_ranks(Path(path).read_bytes())
+        if set(ranks.values()) != set(range(len(ranks))):
+            raise ValueError(f"the ranks of its {len(ranks)} tokens are not 0, 1, 2, ...")
+        return build(Path(path).stem, r50k_pat_str, ranks, {})
     except OSError as error:
         raise ConfigError(f"tokenizer_encoding: cannot read {path}: {error.strerror}; give a .tiktoken file") from None
     except ValueError as error:
-        raise ConfigError(f"tokenizer_encoding: {path}: {error}; give a .tiktoken file") from None
-    if set(ranks.values()) != set(range(len(ranks))):
-        raise ConfigError(
-            f"tokenizer_encoding: {path}: the ranks of its {len(ranks)} tokens are not 0, 1, 2, ...; give a whole file"
-        )
-    missing = [value for value in range(256) if bytes([value]) not in ranks]
-    if missing:
-        raise ConfigError(
-            f"tokenizer_encoding: {path} has no token for byte {missing[0]} (and {len(missing) - 1} others); "
-            "some texts would have no encoding"
-        )
-    return ranks
+        raise ConfigError(f"tokenizer_encoding: {path}: {error}; give a whole .tiktoken file") from None
 
 
 def parse_ranks(raw: bytes) -> dict[bytes, int]:

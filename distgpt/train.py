@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +55,9 @@ def train(config: Config, fresh: bool, world: World) -> None:
     plan = BatchPlan(config.sequences_per_step, config.batch_size, world.size)
     execution = resumed_execution(start.resume, config, world) or decide(config, n_vocab, world)
     state = run_state(config, start, execution)
+    model = checkpoint.build_model(config, n_vocab)
+    running = parallelize(model, world, execution)
+    optimizer = build_optimizer(model, config.optimizer)
     if world.is_first:
         prepare_output_dir(output_dir, config, anew=start.resume is None)
     log = open_log(
@@ -69,9 +71,6 @@ def train(config: Config, fresh: bool, world: World) -> None:
     )
     log.say(card(config, start, execution, plan, world))
 
-    model = checkpoint.build_model(config, n_vocab)
-    running = parallelize(model, world, execution)
-    optimizer = build_optimizer(model, config.optimizer)
     if start.resume:
         checkpoint.load(start.resume, model, optimizer, world)
     reader = ShuffledReader(start.tokens.train, n_vocab, config.seq_len, config.seed, plan, world.rank)
@@ -148,10 +147,9 @@ def prepare_output_dir(output_dir: Path, config: Config, anew: bool) -> None:
     """Make the folder and write the resolved config; `anew` first deletes what an earlier run left (and only that)."""
     output_dir.mkdir(parents=True, exist_ok=True)
     if anew:
-        checkpoint.remove(output_dir / "checkpoints")
+        checkpoint.remove_all(output_dir)
         for name in ("metrics.jsonl", "eval.json", checkpoint.WEIGHTS):
             (output_dir / name).unlink(missing_ok=True)
-        shutil.rmtree(output_dir / checkpoint.TOKENIZER, ignore_errors=True)
     checkpoint.replace_durably(output_dir / "config.yaml", configs.to_yaml(config).encode())
 
 

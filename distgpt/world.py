@@ -29,6 +29,9 @@ T = TypeVar("T")
 
 __all__ = ["World", "is_interactive", "record", "start", "wandb_logged_in"]
 
+MOST_THREADS = 4096
+"""A larger OMP_NUM_THREADS is taken for a mistake and ignored."""
+
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
@@ -179,7 +182,7 @@ def choose_threads(local_size: int) -> int:
     """OMP_NUM_THREADS if set (but for torchrun's own 1), else this machine's processors shared among its ranks."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     by_torchrun = given == "1" and local_size > 1  # torchrun's default, whatever the number of processors
-    if given.isdigit() and int(given) > 0 and not by_torchrun:
+    if given.isascii() and given.isdecimal() and 0 < int(given) <= MOST_THREADS and not by_torchrun:
         return int(given)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, usable // local_size)

@@ -63,7 +63,7 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
         (b"", "no token for byte 0"),
         (b"AA== 0\nnonsense\n", "line 2"),
         (b"AA== 0\nAQ== 2\n", "not 0, 1, 2"),
-        (b"AA== 0\nAQ== 1\n", "no token for byte 2"),
+        (b"AA== 0\nAQ== 1\n", r"no token for byte 2 \(and 253 others\)"),
     ],
 )
 def test_a_wrong_rank_file_is_refused(tmp_path: Path, content: bytes, expected: str) -> None:
