@@ -102,9 +102,7 @@ def open_tokens(path: str | Path) -> dict[str, TokenArray]:
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
-            raise DataError(
-                f"{path}: got a folder or device, expected an .npz file with arrays train and val; name one"
-            )
+            raise DataError(f"{path}: got a folder or device, expected an .npz file of tokens; name one")
         with path.open("rb") as file:
             magic = file.read(6)
             if magic.startswith(b"PK"):

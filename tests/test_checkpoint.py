@@ -165,3 +165,11 @@ def test_tokens_changed_under_the_same_name_are_found(config_file: Path, output_
     np.savez(own, train=np.arange(9000) % 99, val=np.arange(99))
     with pytest.raises(DataError, match=r"own\.npz: got tokens .* but the run in"):
         train.main([str(config_file), f"data={own}", "num_training_steps=20"])
+
+
+def test_weights_that_are_no_numbers_are_refused(output_dir: Path) -> None:
+    raw = bytearray((output_dir / checkpoint.WEIGHTS).read_bytes())
+    raw[-4000:] = b"\xff" * 4000
+    (output_dir / checkpoint.WEIGHTS).write_bytes(raw)
+    with pytest.raises(CheckpointError, match="holds NaN or infinity"):
+        checkpoint.load_trained(output_dir)

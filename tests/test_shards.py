@@ -146,3 +146,37 @@ def test_writing_is_complete_or_absent(tmp_path: Path) -> None:
 def test_no_id_ever_wraps(n_vocab: int, dtype: type) -> None:
     assert smallest_dtype(n_vocab) == dtype
     assert np.array([n_vocab - 1]).astype(smallest_dtype(n_vocab))[0] == n_vocab - 1
+
+
+def test_a_flipped_byte_inside_the_vocabulary_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "t.npz"
+    np.savez(path, train=IDS.astype(np.uint16))
+    open_tokens(path)["train"].verify()
+    raw = bytearray(path.read_bytes())
+    for where in np.random.default_rng(1).integers(200, 9000, 20):
+        raw[where] ^= 1
+        path.write_bytes(raw)
+        with pytest.raises(DataError, match="has checksum"):
+            open_tokens(path)["train"].verify()
+        raw[where] ^= 1
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_any_damage_to_a_file_is_an_error_of_ours_or_none(tmp_path: Path, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    np.savez(tmp_path / "t.npz", train=IDS[:50].astype(np.uint16))
+    raw = bytearray((tmp_path / "t.npz").read_bytes())
+    for where in generator.integers(0, len(raw), 3):
+        raw[where] = generator.integers(256)
+    (tmp_path / "t.npz").write_bytes(raw)
+    try:
+        for array in open_tokens(tmp_path / "t.npz").values():
+            array.check(200)
+            array.verify()
+    except DataError:
+        pass
+
+
+def test_a_folder_is_no_token_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="got a folder"):
+        open_tokens(tmp_path)

@@ -340,3 +340,51 @@ def test_no_run_crashes_on_its_way_out(config_file: Path, run: Run) -> None:
     for attempt in range(20):
         done = run("train", config_file, "num_training_steps=2", "num_warmup_steps=0", "--fresh", ranks=3)
         assert done.returncode == 0, f"run {attempt}: {done.stderr[-2000:]}"
+
+
+def test_a_folder_of_somebody_else_keeps_its_files(config_file: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "run"
+    for name in ("tokenizer/precious", "checkpoints/mine/weights", "notes"):
+        (theirs / name).parent.mkdir(parents=True, exist_ok=True)
+        (theirs / name).write_text("theirs")
+    start(config_file, "--fresh")
+    for name in ("tokenizer/precious", "checkpoints/mine/weights", "notes"):
+        assert (theirs / name).read_text() == "theirs"
+
+
+def test_a_stray_folder_named_like_a_later_checkpoint_costs_no_sound_one(config_file: Path, tmp_path: Path) -> None:
+    start(config_file)
+    (tmp_path / "run" / "checkpoints" / "step-99999999").mkdir()
+    start(config_file, "num_training_steps=16", "checkpoint.keep=1")
+    newest, rejected = checkpoint.newest(tmp_path / "run")
+    assert newest is not None and newest.step == 16 and not rejected
+
+
+def test_a_run_without_a_reader_from_the_start_trains_all_the_same(config_file: Path, tmp_path: Path) -> None:
+    for redirection in (">/dev/full", ">&-"):
+        line = " ".join(command("train", [config_file, "--fresh"])) + f" {redirection}"
+        assert subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environment(), check=False).returncode == 0
+        assert (tmp_path / "run" / "eval.json").exists()
+
+
+def test_a_lost_or_damaged_result_is_made_again(config_file: Path, tmp_path: Path) -> None:
+    start(config_file)
+    results = (tmp_path / "run" / "eval.json").read_text()
+    (tmp_path / "run" / "eval.json").write_text("{g")
+    start(config_file)
+    assert (tmp_path / "run" / "eval.json").read_text() == results
+    (tmp_path / "run" / "model.safetensors").unlink()
+    start(config_file)
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_memory_that_is_not_there_costs_no_earlier_run(config_file: Path, tmp_path: Path) -> None:
+    start(config_file)
+    before = contents(tmp_path)
+    sizes = "model_config.n_embd=65536 model_config.n_head=64 model_config.n_layer=64"
+    line = "ulimit -v 8000000; " + " ".join(command("train", [config_file, "--fresh"])) + f" {sizes}"
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 6 and "Traceback" not in done.stderr
+    assert contents(tmp_path) == before
