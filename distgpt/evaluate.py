@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,34 +21,11 @@ from distgpt.corpus import open_corpus
 from distgpt.data import held_out_batches
 from distgpt.errors import DataError, Parser, leave, run_command
 from distgpt.loss import IGNORED
+from distgpt.metrics import Score
 from distgpt.parallel import decide, parallelize
 from distgpt.shards import TokenArray, open_tokens, smallest_dtype
 from distgpt.tokenizer import Tokenizer
 from distgpt.world import World
-
-
-@dataclass(frozen=True)
-class Score:
-    """How well a model predicts a stream of tokens."""
-
-    loss: float
-    """Mean loss over the targets in nats."""
-    tokens: int
-    """Targets scored."""
-    text_bytes: int
-    """Bytes of text that they stand for."""
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(min(self.loss, 700))
-
-    def results(self) -> dict[str, float | int]:
-        """What eval.json holds. Bits per byte compares models whatever their tokenizers."""
-        results: dict[str, float | int] = {"val-loss": self.loss, "val-perplexity": self.perplexity}
-        if self.text_bytes:
-            results["val-bits-per-byte"] = self.loss * self.tokens / self.text_bytes / math.log(2)
-        return results | {"tokens": self.tokens}
 
 
 @torch.no_grad()

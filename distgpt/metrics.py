@@ -9,6 +9,7 @@ import queue
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,6 +50,30 @@ def device_name(device: torch.device) -> str:
     return device.type
 
 
+@dataclass(frozen=True)
+class Score:
+    """How well a model predicts a stream of tokens."""
+
+    loss: float
+    """Mean loss over the targets in nats."""
+    tokens: int
+    """Targets scored."""
+    text_bytes: int
+    """Bytes of text that they stand for."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700))
+
+    def results(self) -> dict[str, float | int]:
+        """What eval.json holds. Bits per byte compares models whatever their tokenizers."""
+        results: dict[str, float | int] = {"val-loss": self.loss, "val-perplexity": self.perplexity}
+        if self.text_bytes:
+            results["val-bits-per-byte"] = self.loss * self.tokens / self.text_bytes / math.log(2)
+        return results | {"tokens": self.tokens}
+
+
 class Log:
     """What a run shows and records, step by step."""
 
@@ -56,13 +81,13 @@ class Log:
         self,
         config: Config,
         first_step: int,
-        tokens_per_step: int,
         flops_per_token: int,
         peak: float | None,
         ranks: int,
         wandb_run_id: str,
     ) -> None:
-        self.config, self.tokens_per_step, self.flops_per_token = config, tokens_per_step, flops_per_token
+        self.config, self.flops_per_token = config, flops_per_token
+        self.tokens_per_step = config.sequences_per_step * config.seq_len
         self.peak, self.ranks = peak, ranks
         self.last_step = first_step
         self.val_loss: float | None = None
@@ -123,12 +148,14 @@ class Log:
             self.bar.set_postfix_str(numbers)
         self.restart_clock()
 
-    def evaluation(self, step: int, loss: float, perplexity: float) -> None:
+    def evaluation(self, step: int, score: Score) -> None:
         """Show and record a validation."""
-        self.val_loss = loss
-        self.record({"step": step, "val-loss": loss, "val-perplexity": perplexity})
+        self.val_loss = score.loss
+        self.record({"step": step, "val-loss": score.loss, "val-perplexity": score.perplexity})
         total = self.config.num_training_steps
-        self.say(f"step {step:>{len(str(total))}}/{total}  val-loss {loss:.4f}  val-perplexity {perplexity:.2f}")
+        self.say(
+            f"step {step:>{len(str(total))}}/{total}  val-loss {score.loss:.4f}  val-perplexity {score.perplexity:.2f}"
+        )
         self.restart_clock()
 
     def record(self, values: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from distgpt.config import Config
 from distgpt.errors import MachineError
 from distgpt.loss import exp_rows
 from distgpt.model import DecoderLM
-from distgpt.world import World
+from distgpt.world import World, keep_freed_memory
 
 COMPILE_PAYS_SECONDS = 60
 """Estimated eager training time from which compiling (5 to 30 s, when nothing is cached) is worth its wait."""
@@ -96,6 +96,7 @@ def compile_parts(model: DecoderLM, device: torch.device) -> None:
     for block in model.blocks:
         block.compile(dynamic=False)
     if device.type == "cpu":
+        keep_freed_memory()
         model.head.exp_rows = torch.compile(exp_rows, dynamic=False)
     else:
         model.head.compile(dynamic=False)

@@ -10,10 +10,13 @@ import dataclasses
 import json
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from distgpt import checkpoint
 from distgpt import config as configs
@@ -24,8 +27,8 @@ from distgpt.config import BatchPlan, Config, count
 from distgpt.corpus import ORDER_VERSION, window_count
 from distgpt.data import ShuffledReader
 from distgpt.errors import NumericsError, leave, run_command
-from distgpt.evaluate import Score, evaluate
-from distgpt.metrics import device_name, open_log, peak_tflops
+from distgpt.evaluate import evaluate
+from distgpt.metrics import Log, device_name, open_log, peak_tflops
 from distgpt.model import DecoderLM
 from distgpt.optim import build_optimizer, learning_rate, set_learning_rate
 from distgpt.parallel import Execution, decide, parallelize
@@ -36,22 +39,66 @@ MOST_SKIPPED = 10
 """Updates in a row that may be skipped for a gradient that is not finite before the run ends."""
 
 
+@dataclass(frozen=True)
+class Run:
+    """Everything that a run consists of, made ready."""
+
+    model: DecoderLM
+    running: nn.Module
+    """The model as `parallelize` wrapped it: what the step calls."""
+    optimizer: torch.optim.Optimizer
+    reader: ShuffledReader
+    log: Log
+    state: dict[str, Any]
+    """What checkpoints keep beside tensors."""
+    first_step: int
+
+
 def train(config: Config, fresh: bool, world: World) -> None:
     """Train until `num_training_steps`, from the newest checkpoint in `output_dir` if any. Every rank calls."""
     start = world.first_rank_first(lambda: check(config, fresh))
-    found = [start.resume and start.resume.step, start.results is not None, start.tokens.fingerprint]
-    world.check_same({f"what is in {config.output_dir} and data": found})
-    output_dir = Path(config.output_dir)
+    world.check_same({"checkpoint": start.resume and start.resume.step, "tokens": start.tokens.fingerprint})
     if start.results is not None:
-        if world.is_first:
-            print(f"{output_dir} is finished: {json.dumps(start.results)}")
-            print("more num_training_steps go on from here; --fresh starts over")
+        show_results(config, start.results, world)
         return
 
+    run = build(config, start, world)
+    last_step, output_dir = config.num_training_steps, Path(config.output_dir)
+    tokens_per_step = config.sequences_per_step * config.seq_len
+    schedule = (config.num_warmup_steps, last_step, config.min_lr, config.max_lr)
+    score = partial(evaluate, run.model, start.tokens.val, start.tokenizer, config.seq_len, config.batch_size, world)
+    skipped_in_a_row = torch.zeros((), device=world.device)
+
+    for step, batches in enumerate(run.reader.steps(run.first_step, last_step, world.device), run.first_step + 1):
+        rate = learning_rate(step - 1, *schedule)
+        set_learning_rate(run.optimizer, rate)
+        seed_dropout(config.seed, step, world.rank)
+        result = train_step(run.running, run.optimizer, batches, tokens_per_step, config.optimizer.grad_clip, world)
+        skipped_in_a_row = (skipped_in_a_row + result.skipped) * result.skipped
+        run.log.step_done(step)
+        if due(step, config.log_every, last_step):
+            loss = float(world.sum(result.loss_sum)) / tokens_per_step
+            check_numbers(step, loss, int(skipped_in_a_row))
+            run.log.step(step, loss, rate, float(result.grad_norm))
+        if due(step, config.eval.every) and step < last_step:
+            run.log.evaluation(step, score(config.eval.max_tokens))
+        if due(step, config.checkpoint.every, last_step):
+            checkpoint.save(output_dir, step, run.model, run.optimizer, run.state, config.checkpoint.keep, world)
+            run.log.restart_clock()
+
+    final = score()
+    run.log.evaluation(last_step, final)
+    results = {"step": last_step} | final.results()
+    if world.is_first:
+        write_results(output_dir, run.model, start, results)
+    run.log.say(f"{json.dumps(results)}\nfinished: model.safetensors, eval.json and metrics.jsonl are in {output_dir}")
+    run.log.close()
+
+
+def build(config: Config, start: Start, world: World) -> Run:
+    """Build the run, restore its checkpoint if there is one, show what is about to happen, and compile."""
     n_vocab = start.tokenizer.n_vocab
     first_step = start.resume.step if start.resume else 0
-    last_step = config.num_training_steps
-    tokens_per_step = config.sequences_per_step * config.seq_len
     plan = BatchPlan(config.sequences_per_step, config.batch_size, world.size)
     execution = resumed_execution(start.resume, config, world) or decide(config, n_vocab, world)
     state = run_state(config, start, execution)
@@ -59,18 +106,16 @@ def train(config: Config, fresh: bool, world: World) -> None:
     running = parallelize(model, world, execution)
     optimizer = build_optimizer(model, config.optimizer)
     if world.is_first:
-        prepare_output_dir(output_dir, config, anew=start.resume is None)
+        prepare_output_dir(Path(config.output_dir), config, anew=start.resume is None)
     log = open_log(
         world,
         config=config,
         first_step=first_step,
-        tokens_per_step=tokens_per_step,
         flops_per_token=config.model_config.flops_per_token(n_vocab, config.seq_len),
         peak=peak_tflops(world.device, execution.precision),
         wandb_run_id=state["wandb_run_id"],
     )
     log.say(card(config, start, execution, plan, world))
-
     if start.resume:
         checkpoint.load(start.resume, model, optimizer, world)
     reader = ShuffledReader(start.tokens.train, n_vocab, config.seq_len, config.seed, plan, world.rank)
@@ -78,41 +123,7 @@ def train(config: Config, fresh: bool, world: World) -> None:
         log.say("compiling: up to half a minute the first time")
     warm_up(running, [batch.to(world.device) for batch in reader.at(first_step)], world)
     log.restart_clock()
-
-    def score(max_tokens: int | None) -> Score:
-        held_out = start.tokens.val
-        return evaluate(model, held_out, start.tokenizer, config.seq_len, config.batch_size, world, max_tokens)
-
-    def save(step: int) -> None:
-        checkpoint.save(output_dir, step, model, optimizer, state, config.checkpoint.keep, world)
-
-    skipped_in_a_row = torch.zeros((), device=world.device)
-    schedule = (config.num_warmup_steps, last_step, config.min_lr, config.max_lr)
-    for step, batches in enumerate(reader.steps(first_step, last_step, world.device), first_step + 1):
-        rate = learning_rate(step - 1, *schedule)
-        set_learning_rate(optimizer, rate)
-        seed_dropout(config.seed, step, world.rank)
-        result = train_step(running, optimizer, batches, tokens_per_step, config.optimizer.grad_clip, world)
-        skipped_in_a_row = (skipped_in_a_row + result.skipped) * result.skipped
-        log.step_done(step)
-        if due(step, config.log_every, last_step):
-            loss = float(world.sum(result.loss_sum)) / tokens_per_step
-            check_numbers(step, loss, int(skipped_in_a_row))
-            log.step(step, loss, rate, float(result.grad_norm))
-        if due(step, config.eval.every) and step < last_step:
-            validation = score(config.eval.max_tokens)
-            log.evaluation(step, validation.loss, validation.perplexity)
-        if due(step, config.checkpoint.every, last_step):
-            save(step)
-            log.restart_clock()
-
-    final = score(None)
-    log.evaluation(last_step, final.loss, final.perplexity)
-    results = {"step": last_step} | final.results()
-    if world.is_first:
-        finish(output_dir, model, start, results)
-    log.say(f"{json.dumps(results)}\nfinished: model.safetensors, eval.json and metrics.jsonl are in {output_dir}")
-    log.close()
+    return Run(model, running, optimizer, reader, log, state, first_step)
 
 
 def due(step: int, every: int, last_step: int | None = None) -> bool:
@@ -189,10 +200,17 @@ def check_numbers(step: int, loss: float, skipped_in_a_row: int) -> None:
         )
 
 
-def finish(output_dir: Path, model: DecoderLM, start: Start, results: dict[str, Any]) -> None:
+def write_results(output_dir: Path, model: DecoderLM, start: Start, results: dict[str, Any]) -> None:
     """Write the trained model and, last, its score: where there is an eval.json, the run is finished."""
     checkpoint.save_trained(output_dir, model, start.tokenizer)
     checkpoint.replace_durably(output_dir / "eval.json", (json.dumps(results, indent=2) + "\n").encode())
+
+
+def show_results(config: Config, results: dict[str, Any], world: World) -> None:
+    """Say that there is nothing left to do."""
+    if world.is_first:
+        print(f"{config.output_dir} is finished: {json.dumps(results)}")
+        print("more num_training_steps go on from here; --fresh starts over")
 
 
 def main(arguments: Sequence[str]) -> None:

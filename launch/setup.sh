@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Make .venv with everything distgpt needs, once; afterwards this takes no time. run.sh and test.sh call it.
+# Make .venv with everything distgpt needs (and, as `setup.sh dev`, its tests), once; afterwards this takes no time.
+# run.sh and test.sh call it.
 #   PYTHON=...       the Python to use (3.11 or newer; default: the first one found)
 #   TORCH_INDEX=...  the index URL to take torch from, such as the CPU one that pytorch.org's selector names
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
-installed=$venv/installed-for
+extra=${1:-}
+installed=$venv/installed-for${extra:+-$extra}
 wanted=$(cksum <"$root/pyproject.toml")
 [ "$(cat "$installed" 2>/dev/null)" = "$wanted" ] && exit 0
 
@@ -38,5 +40,5 @@ if [ "$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then
   [ -n "${TORCH_INDEX:-}" ] || echo "No NVIDIA GPU: if your package index has only torch's CUDA build, this fetches gigabytes; TORCH_INDEX=<pytorch.org's CPU index> avoids it." >&2
   pip torch==2.13.0 ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
 fi
-pip --editable "$root[dev]" ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"}
+pip --editable "$root${extra:+[$extra]}" ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"}
 echo "$wanted" >"$installed"

@@ -11,6 +11,7 @@ import pytest
 from distgpt import config as configs
 from distgpt.config import BatchPlan, Config
 from distgpt.errors import ConfigError
+from distgpt.source import dotted
 from tests.conftest import REPO, Run, environment
 
 GOOD = (REPO / "configs" / "GPT-tiny.yaml").read_text()
@@ -127,7 +128,7 @@ def test_a_wrong_value_is_refused_in_one_line_with_its_place(
 
 def test_every_key_with_a_letter_dropped_is_named(tmp_path: Path) -> None:
     for key, info in configs.walk_keys():
-        name = configs.dotted(key)
+        name = dotted(key)
         misspelt = name[:-2] + name[-1]
         lines = problems(GOOD, tmp_path, f"{misspelt}={'{}' if info.kind == 'section' else 1}")
         assert any(f"{misspelt}: unknown key; did you mean " in line for line in lines), (misspelt, lines)
@@ -215,7 +216,7 @@ def test_printing_a_config_needs_no_torch() -> None:
 def test_help_lists_every_key_with_type_default_and_meaning() -> None:
     text = configs.help_text()
     for key, info in configs.walk_keys():
-        assert f"  {configs.dotted(key)} ({info.kind}" in text
+        assert f"  {dotted(key)} ({info.kind}" in text
         assert info.meaning and info.meaning in text
     assert "optimizer.beta2 (number, default 0.95)" in text
 

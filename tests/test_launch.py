@@ -13,7 +13,7 @@ from tests.conftest import REPO, environment, read_metrics
 RUN = REPO / "launch" / "run.sh"
 
 pytestmark = pytest.mark.skipif(
-    not (REPO / ".venv" / "installed-for").exists(), reason="no .venv: start the tests with ./launch/test.sh"
+    not (REPO / ".venv" / "installed-for-dev").exists(), reason="no .venv: start the tests with ./launch/test.sh"
 )
 
 

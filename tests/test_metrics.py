@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from distgpt import config as configs
 from distgpt import metrics
 from distgpt.config import Config
-from distgpt.metrics import Log, Silence, WandbThread, duration, truncate
+from distgpt.metrics import Log, Score, Silence, WandbThread, duration, truncate
 from tests.conftest import read_metrics
 
 
@@ -25,27 +26,28 @@ def config(config_file: Path) -> Config:
 
 
 def make_log(config: Config, first_step: int = 0, peak: float | None = None) -> Log:
-    return Log(config, first_step, tokens_per_step=1000, flops_per_token=10**9, peak=peak, ranks=2, wandb_run_id="x")
+    """256 tokens in a step, 10 MFLOP each, on two ranks."""
+    return Log(config, first_step, flops_per_token=10**7, peak=peak, ranks=2, wandb_run_id="x")
 
 
 def test_speed_is_tokens_over_time_and_mfu_is_per_device(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    log = make_log(config, peak=10.0)
+    log = make_log(config, peak=0.01024)
     now[0] += 2.0
     log.step_done(4)
-    log.step(4, 3.5, 1e-3, 0.5)  # 4,000 tokens in 2 s
+    log.step(4, 3.5, 1e-3, 0.5)  # 1,024 tokens in 2 s
     now[0] += 50.0
-    log.evaluation(4, 3.0, 20.0)  # its 50 s are nobody's speed
+    log.evaluation(4, Score(3.0, 99, 99))  # its 50 s are nobody's speed
     now[0] += 1.0
     log.step_done(5)
     log.step(5, float("nan"), 1e-3, float("inf"))
     log.close()
     first, val, last = read_metrics(Path(config.output_dir))
-    assert (first["tokens-per-second"], first["tflops"], first["mfu"]) == (2000.0, 2.0, 0.1)
-    assert val == {"step": 4, "val-loss": 3.0, "val-perplexity": 20.0}
-    assert (last["tokens-per-second"], last["train-loss"], last["grad-norm"]) == (1000.0, None, None)
-    assert last["tokens"] == 5000
+    assert (first["tokens-per-second"], first["tflops"], first["mfu"]) == (512.0, 0.00512, 0.25)
+    assert val == {"step": 4, "val-loss": 3.0, "val-perplexity": math.exp(3.0)}
+    assert (last["tokens-per-second"], last["train-loss"], last["grad-norm"]) == (256.0, None, None)
+    assert last["tokens"] == 1280
 
 
 def test_what_came_after_the_restored_step_is_dropped(tmp_path: Path) -> None:
