@@ -31,7 +31,7 @@ def seconds(kind: str, inputs: tuple[Tensor, Tensor, Tensor], compiled: dict[str
     return time.perf_counter() - started_at
 
 
-def main(rounds: int = 9) -> None:
+def main(rounds: int = 5) -> None:
     """Print medians and their ratio, shape by shape."""
     for shape, (positions, width) in {"A": (4096, 32), "B": (2048, 384)}.items():
         x_PD = torch.randn(positions, width).requires_grad_()
