@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +28,8 @@ MAY_CHANGE = {
     "num_training_steps",
     "precision",
     "compile",
+    "activation_checkpointing",
+    "parallel",
     "log_every",
     "eval",
     "checkpoint",
@@ -80,7 +81,9 @@ def check(config: Config, fresh: bool) -> Start:
     if found is None:
         return Start(tokenizer, tokens, None, None, notes)
     refuse_changes(config, tokenizer, tokens, found)
-    notes.extend(changes_allowed(config, found))
+    notes.extend(
+        f"{key} is now {new} (was {old})" for key, (new, old) in changes(config, found).items() if key != "output_dir"
+    )
     return Start(tokenizer, tokens, found, finished_results(output_dir, found.step, config), notes)
 
 
@@ -97,14 +100,19 @@ def check_output_dir(output_dir: Path) -> None:
         raise MachineError(f"output_dir: cannot write in {str(existing)[:200]}: {reason}; choose another") from None
 
 
+def changes(config: Config, found: Checkpoint) -> dict[str, tuple[Any, Any]]:
+    """The new and the old value of each key (`section.key`) that differs from the run being continued."""
+    new, old = configs.flat(config), configs.flat(configs.from_dict(found.state["config"]))
+    return {key: (new[key], old[key]) for key in new if new[key] != old[key]}
+
+
 def refuse_changes(config: Config, tokenizer: Tokenizer, tokens: Tokens, found: Checkpoint) -> None:
     """Raise ConfigError (DataError for tokens), a line each, for what would make the continued run another run."""
-    old, new = found.state["config"], dataclasses.asdict(config)
     remedy = f"go on with the old value, choose another output_dir, or start over with --fresh ({found.path})"
     lines = [
-        f"{key}: got {new[key]}, but the run in {config.output_dir} was started with {old.get(key)}; {remedy}"
-        for key in new
-        if key not in MAY_CHANGE and new[key] != old.get(key)
+        f"{key}: got {new}, but the run in {config.output_dir} was started with {old}; {remedy}"
+        for key, (new, old) in changes(config, found).items()
+        if key.partition(".")[0] not in MAY_CHANGE
     ]
     facts = {
         "global_batch_size": (config.sequences_per_step, found.state["sequences_per_step"]),
@@ -128,16 +136,6 @@ def refuse_changes(config: Config, tokenizer: Tokenizer, tokens: Tokens, found: 
             f"{tokens.path}: got tokens {tokens.fingerprint}, but the run in {config.output_dir} was started with "
             f"{found.state['tokens']}; {remedy}"
         )
-
-
-def changes_allowed(config: Config, found: Checkpoint) -> list[str]:
-    """A line for each setting that differs from the run being continued and may."""
-    old, new = found.state["config"], dataclasses.asdict(config)
-    return [
-        f"{key} is now {new[key]} (was {old.get(key)})"
-        for key in new
-        if key in MAY_CHANGE and key != "output_dir" and new[key] != old.get(key)
-    ]
 
 
 def finished_results(output_dir: Path, step: int, config: Config) -> dict[str, Any] | None:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from distgpt.world import World
 
 FORMAT = 1
+FILE_BYTES = 2**28
+"""Tensors that share a file of a checkpoint, before they are shared among the ranks."""
 MANIFEST, STATE = "manifest.json", "state.json"
 WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer"
 NAME = re.compile(r"step-(\d{8,})")
@@ -132,25 +134,35 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     world.gather(None)  # no rank writes before the folder is there
-    writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)  # flushes each file to disk
     tensors, _ = split_state(model, optimizer)
+    writer = HuggingFaceStorageWriter(str(partial), file_numbers(tensors), save_distributed=True)  # flushes each file
     try:
         with one_process_is_fine():
-            save_tensors(tensors, storage_writer=writer, no_dist=world.size == 1)
+            save_tensors(tensors, storage_writer=writer, no_dist=not world.grouped)
     except CheckpointException as error:
         reason = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())
         raise MachineError(f"{target}: not saved ({reason}); the last is intact: make room and start again") from None
     world.gather(None)  # no rank's file is missing from the manifest
     if world.is_first:
-        write_durably(partial / STATE, json.dumps(state, indent=2).encode())
+        (partial / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
         manifest = {"format": FORMAT, "files": describe_files(partial)}
-        write_durably(partial / MANIFEST, json.dumps(manifest, indent=2).encode())
-        sync_folder(partial)
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        for path in (partial / STATE, partial / MANIFEST, partial):
+            sync(path)
         remove(target)
         partial.rename(target)
-        sync_folder(target.parent)
+        sync(target.parent)
         prune(output_dir, step, keep)
     world.gather(None)  # no rank goes on as if it were saved before it is
+
+
+def file_numbers(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Which file of a checkpoint each tensor goes to, from 1: a file is put together in memory before it is written."""
+    numbers, filled = {}, 0
+    for name, tensor in tensors.items():
+        filled += tensor.numel() * tensor.element_size()
+        numbers[name] = 1 + filled // FILE_BYTES
+    return numbers
 
 
 def prune(output_dir: Path, step: int, keep: int) -> None:
@@ -176,7 +188,7 @@ def load(checkpoint: Checkpoint, model: DecoderLM, optimizer: torch.optim.Optimi
     tensors, scalars = split_state(model, optimizer)
     reader = HuggingFaceStorageReader(str(checkpoint.path))
     with one_process_is_fine():
-        load_tensors(tensors, storage_reader=reader, no_dist=world.size == 1)
+        load_tensors(tensors, storage_reader=reader, no_dist=not world.grouped)
     whole = tensors | scalars
     parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}}
     for name, value in whole.items():
@@ -212,13 +224,21 @@ def split_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dic
     return tensors, {name: value for name, value in state.items() if name not in tensors}
 
 
-def save_trained(output_dir: Path, model: DecoderLM, tokenizer: Tokenizer) -> None:
-    """Write what using the model needs: `model.safetensors` (without padding rows) and the tokenizer."""
-    from safetensors.torch import save
+def save_trained(output_dir: Path, model: DecoderLM, tokenizer: Tokenizer, world: World) -> None:
+    """Write what using the model needs: `model.safetensors` (without padding rows) and the tokenizer.
 
-    raw = save({name: tensor.cpu().contiguous() for name, tensor in model.trained_weights().items()})
-    replace_durably(output_dir / WEIGHTS, raw)
-    tokenizer.save(output_dir / TOKENIZER)
+    Every rank calls, and sends its share of the weights to rank 0, which writes.
+    """
+    from safetensors.torch import save_file
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=world.grouped)
+    weights: dict[str, Any] = {**get_model_state_dict(model, options=whole)}
+    if world.is_first:
+        whole_weights = {name: tensor.cpu().contiguous() for name, tensor in model.without_padding(weights).items()}
+        with replacing(output_dir / WEIGHTS) as partial:
+            save_file(whole_weights, partial)
+        tokenizer.save(output_dir / TOKENIZER)
 
 
 def load_trained(output_dir: Path) -> tuple[DecoderLM, Tokenizer, configs.Config]:
@@ -237,7 +257,7 @@ def load_trained(output_dir: Path) -> tuple[DecoderLM, Tokenizer, configs.Config
     except ConfigError as error:
         raise CheckpointError(f"{error}; restore {output_dir / 'config.yaml'} or train again") from None
     tokenizer = load_saved(output_dir / TOKENIZER)
-    model = build_model(config, tokenizer.n_vocab)
+    model = build_model(config, tokenizer).to_empty(device="cpu")
     try:
         model.load_trained_weights(safetensors.torch.load_file(output_dir / WEIGHTS))
     except (OSError, SafetensorError, KeyError, ValueError) as error:
@@ -249,34 +269,44 @@ def load_trained(output_dir: Path) -> tuple[DecoderLM, Tokenizer, configs.Config
     return model, tokenizer, config
 
 
-def build_model(config: configs.Config, n_vocab: int) -> DecoderLM:
-    """The config's model with its initial weights."""
+def build_model(config: configs.Config, tokenizer: Tokenizer) -> DecoderLM:
+    """The config's model on the meta device: without weights."""
+    import torch
+
     from distgpt.model import DecoderLM
 
     sizes = config.model_config
-    return DecoderLM(
-        n_vocab, sizes.n_embd, sizes.n_head, sizes.n_positions, sizes.n_layer, config.p_dropout, config.seed
-    )
+    with torch.device("meta"):
+        return DecoderLM(
+            tokenizer.n_vocab,
+            sizes.n_embd,
+            sizes.n_head,
+            sizes.n_positions,
+            sizes.n_layer,
+            config.p_dropout,
+            config.seed,
+            tokenizer.end_of_text if config.mask_documents else None,
+        )
 
 
-def write_durably(path: Path, raw: bytes) -> None:
-    """Write a file and flush it to disk."""
-    with path.open("wb") as file:
-        file.write(raw)
-        file.flush()
-        os.fsync(file.fileno())
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives another name to write to, then puts it in place: `path` holds the old content or the new, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    yield partial
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
 
 
 def replace_durably(path: Path, raw: bytes) -> None:
     """Write a file so that its name holds the old content or the new, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    write_durably(partial, raw)
-    partial.replace(path)
-    sync_folder(path.parent)
+    with replacing(path) as partial:
+        partial.write_bytes(raw)
 
 
-def sync_folder(path: Path) -> None:
-    """Flush a folder's entries (creations and renames) to disk."""
+def sync(path: Path) -> None:
+    """Flush a file's content, or a folder's entries (creations and renames), to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

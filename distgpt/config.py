@@ -1,6 +1,7 @@
-"""What a run is: its keys, their checks, and the batch arithmetic. Imports no torch.
+"""What a run is: its keys and their checks. Imports no torch.
 
-`python -m distgpt.config CONFIG [key=value ...]` prints the resolved config and the batch equation.
+`python -m distgpt.config CONFIG [key=value ...]` prints the resolved config and the batch equation; with `--plan`, also
+what it needs on paper under each strategy.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +20,7 @@ from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from distgpt.errors import ConfigError, Parser, leave, run_command
+from distgpt.plan import BatchPlan, Layout, Sizes, count, layouts, table
 from distgpt.source import CONSTANTS, NUMBER, YAML_1_1_BOOLEANS, Key, Source, dotted, read_source
 
 Text = Annotated[str, Strict(), Field(min_length=1, max_length=4096)]
@@ -33,7 +34,7 @@ SETTINGS = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstri
 
 @dataclass(frozen=True, kw_only=True, config=SETTINGS)
 class ModelConfig:
-    """The decoder's sizes, and what follows from them in closed form."""
+    """The decoder's sizes."""
 
     n_embd: Annotated[int, Strict(), Field(ge=1, le=2**16)]
     """Width: numbers a token is represented by."""
@@ -44,19 +45,9 @@ class ModelConfig:
     n_layer: Annotated[int, Strict(), Field(ge=1, le=2**12)]
     """Decoder layers."""
 
-    def parameters(self, n_vocab: int) -> int:
-        """Trainable numbers: tied token embedding, positions, 12 d^2 + 13 d a layer, the last norm."""
-        d = self.n_embd
-        return (n_vocab + self.n_positions) * d + self.n_layer * (12 * d * d + 13 * d) + 2 * d
-
-    def flops_per_token(self, n_vocab: int, seq_len: int) -> int:
-        """Floating-point operations of training on one token, forward and backward.
-
-        6 x matmul weights (the tied head counts, the embedding look-up does not) + 12 n_layer n_embd seq_len for
-        attention, without a discount for causality (Chowdhery et al. 2022, PaLM, appendix B).
-        """
-        matmul_weights = self.n_layer * 12 * self.n_embd**2 + n_vocab * self.n_embd
-        return 6 * matmul_weights + 12 * self.n_layer * self.n_embd * seq_len
+    def sizes(self, n_vocab: int) -> Sizes:
+        """With a vocabulary: what the plan on paper needs."""
+        return Sizes(n_vocab, self.n_embd, self.n_head, self.n_positions, self.n_layer)
 
 
 @dataclass(frozen=True, kw_only=True, config=SETTINGS)
@@ -96,6 +87,20 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=SETTINGS)
+class ParallelConfig:
+    """How the model is spread over ranks: speed and memory, never the result."""
+
+    strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
+    """none: one rank; ddp: a whole model on each; fsdp: a part of it; auto: none, else ddp while it fits, else fsdp."""
+    shard_ranks: Size | None = None
+    """hsdp: ranks that hold one copy of the model together; null: the ranks of one machine."""
+    reshard_after_forward: Annotated[bool, Strict()] = True
+    """fsdp, hsdp: free a layer's gathered weights after each use (less memory), or keep them a step (less traffic)."""
+    reduce_gradients: Literal["auto", "each", "last"] = "auto"
+    """fsdp, hsdp: exchange after each micro-step (less memory) or the last (less traffic); auto: last if it fits."""
+
+
+@dataclass(frozen=True, kw_only=True, config=SETTINGS)
 class Config:
     """One run. With the tokens and the seed it determines what is computed; the number of ranks does not."""
 
@@ -107,6 +112,8 @@ class Config:
     """The decoder's sizes."""
     p_dropout: Fraction = 0.0
     """Probability of dropping an activation in training."""
+    mask_documents: Annotated[bool, Strict()] = False
+    """Attention stays within a document and positions restart; each begins with its end-of-text token."""
     data: Text | None = None
     """.npz file of integer arrays `train` and `val`; null: data/tokens.npz or, without it, the sample corpus."""
     seed: Annotated[int, Strict(), Field(ge=0, lt=2**63)] = 0
@@ -135,6 +142,10 @@ class Config:
     """Matmul precision; auto: bf16 where the hardware multiplies it natively, else fp32 (strict)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: for runs long enough to win back the compilation, where a compiler is found."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """Layers computed again in backward, whole or (selective) without matmuls and attention: less memory, more time."""
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    """How the model is spread over ranks."""
     log_every: Steps = 10
     """Steps between lines of the log and of metrics.jsonl."""
     eval: EvalConfig = Field(default_factory=EvalConfig)
@@ -149,44 +160,14 @@ class Config:
         """G of the design: sequences per update, whatever the number of ranks."""
         return self.global_batch_size or self.batch_size * self.grad_accumulation_steps
 
-
-@dataclasses.dataclass(frozen=True)
-class BatchPlan:
-    """How the sequences of one update are shared: ranks x micro-steps x sequences, sizes differing by at most one."""
-
-    sequences: int
-    """Sequences per update over all ranks."""
-    batch_size: int
-    """Most sequences in one forward pass."""
-    ranks: int
-
     @property
-    def micro_steps(self) -> int:
-        """Forward passes per update, the same on every rank."""
-        return math.ceil(self.sequences / (self.batch_size * self.ranks))
+    def tokens_per_step(self) -> int:
+        """Targets of one update, whatever the number of ranks."""
+        return self.sequences_per_step * self.seq_len
 
-    def micro_batches(self, rank: int) -> list[int]:
-        """Sequences in each micro-step of `rank`; a size may be 0."""
-        mine = len(range(rank, self.sequences, self.ranks))
-        return [len(range(i, mine, self.micro_steps)) for i in range(self.micro_steps)]
-
-    def equation(self, seq_len: int) -> str:
-        """The batch arithmetic in one line, for people."""
-        total = f"{self.sequences:,} sequences ({self.sequences * seq_len:,} tokens) per step"
-        shares = {len(range(rank, self.sequences, self.ranks)) for rank in (0, self.ranks - 1)}
-        steps = self.micro_steps
-        sizes = sorted({size for share in shares for size in (share // steps, -(-share // steps))})
-        each = " or ".join(f"{size:,}" for size in sizes)
-        line = f"{total} = {count(self.ranks, 'rank')} x {each} sequences x {count(self.micro_steps, 'micro-step')}"
-        full = self.ranks * self.batch_size * self.micro_steps
-        if self.sequences * 2 <= full:
-            line += f" (ranks at most half full: global_batch_size={full} would fill them)"
-        return line
-
-
-def count(n: int, noun: str) -> str:
-    """`1 rank`, `4 ranks`."""
-    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+    def batch_plan(self, ranks: int) -> BatchPlan:
+        """How `ranks` share an update."""
+        return BatchPlan(self.sequences_per_step, self.batch_size, ranks)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -200,6 +181,24 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError("\n".join(line for _, line in source.problems), everywhere=True)
     assert config is not None
     return config
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """A config that was saved as a dict; keys that are newer than it get their defaults."""
+    return TypeAdapter(Config).validate_python(values)
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every value by its dotted key."""
+
+    def walk(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return dict(walk(dataclasses.asdict(config), ""))
 
 
 def validate(source: Source, path: str) -> Config | None:
@@ -285,6 +284,13 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
             f"got {config.global_batch_size}, but batch_size x grad_accumulation_steps = {implied}; "
             "leave out grad_accumulation_steps: the micro-steps follow from global_batch_size",
         )
+    parallel = config.parallel
+    if parallel.shard_ranks is not None and parallel.strategy != "hsdp":
+        yield (
+            "parallel.shard_ranks",
+            f"got {parallel.shard_ranks} with parallel.strategy = {parallel.strategy}, expected strategy hsdp; "
+            "leave it out or set the strategy",
+        )
     for name in ("output_dir", "data", "tokenizer_encoding"):
         if "\0" in (getattr(config, name) or ""):
             yield name, "got a NUL character, which no path holds; remove it"
@@ -318,6 +324,7 @@ def walk_keys(cls: type = Config, prefix: Key = ()) -> Iterator[tuple[Key, KeyIn
             default = ""
         else:
             default = "null" if field.default is None else str(field.default)
+            default = default.lower() if isinstance(field.default, bool) else default
         if name == "device":
             allowed = "auto, cpu, cuda, cuda:N or mps"
         yield (*prefix, name), KeyInfo(kind, allowed, default, field.description or "")
@@ -337,7 +344,7 @@ def describe_type(hint: Any) -> tuple[str, str, type | None]:
         return describe_type(next(arm for arm in typing.get_args(hint) if arm is not type(None)))
     if dataclasses.is_dataclass(hint):
         return "section", "a section of indented keys", typing.cast(type, hint)
-    return KINDS[hint], "", None
+    return KINDS[hint], "true or false" if hint is bool else "", None
 
 
 def help_text() -> str:
@@ -383,13 +390,47 @@ def main(arguments: Sequence[str]) -> None:
     """Print the resolved config and its batch equation."""
     parser = config_parser("python -m distgpt.config", "Check a config and print it with every default filled in.")
     parser.add_argument("--ranks", type=int, default=1, help="ranks to show the batch equation for (default 1)")
+    parser.add_argument("--plan", action="store_true", help="print what the config needs on paper, not the config")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="of each device (default 80)")
     options = parser.parse_intermixed_args(arguments)
-    if options.ranks < 1:
-        raise ConfigError(f"command line: --ranks: got {options.ranks}, expected at least 1")
+    if not 1 <= options.ranks <= 2**20:
+        raise ConfigError(f"command line: --ranks: got {options.ranks}, expected a number from 1 to {2**20}")
+    if not 0 < options.gpu_memory <= 1e6:
+        raise ConfigError(f"command line: --gpu-memory: got {options.gpu_memory}, expected GB above 0, such as 80")
     config = load(options.config, options.overrides)
-    plan = BatchPlan(config.sequences_per_step, config.batch_size, options.ranks)
-    print(to_yaml(config), end="")
-    print(f"# {plan.equation(config.seq_len)}")
+    equation = config.batch_plan(options.ranks).equation(config.seq_len)
+    if options.plan:
+        print(equation)
+        print(plan_on_paper(config, options.ranks, options.gpu_memory * 1e9))
+    else:
+        print(to_yaml(config), end="")
+        print(f"# {equation}")
+
+
+def plan_on_paper(config: Config, ranks: int, device_bytes: float) -> str:
+    """What the config needs of each rank under every strategy that `ranks` can run. `auto` precision counts as bf16."""
+    from distgpt.tokenizer import load_tokenizer
+
+    sizes = config.model_config.sizes(load_tokenizer(config.tokenizer_encoding).n_vocab)
+    parallel, plan = config.parallel, config.batch_plan(ranks)
+    if parallel.shard_ranks and ranks % parallel.shard_ranks:
+        raise ConfigError(
+            f"parallel.shard_ranks: got {parallel.shard_ranks} with {ranks} ranks, expected a divisor of {ranks}; "
+            "change it, or --ranks"
+        )
+    template = Layout(
+        reshard_after_forward=parallel.reshard_after_forward,
+        reduce_each=parallel.reduce_gradients == "each",
+        activation_checkpointing=config.activation_checkpointing,
+        bf16=config.precision in ("auto", "bf16"),
+    )
+    flops = sizes.flops_per_token(config.seq_len)
+    precision = "bf16" if template.bf16 else "fp32"
+    return (
+        f"{count(sizes.parameters, 'parameter')}, {flops:.3g} FLOPs a token, {flops * config.tokens_per_step:.3g} a "
+        f"step; {precision}, activation_checkpointing {config.activation_checkpointing}\n"
+        + table(sizes, layouts(ranks, parallel.shard_ranks, template), plan, config.seq_len, device_bytes)
+    )
 
 
 if __name__ == "__main__":

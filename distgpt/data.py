@@ -20,10 +20,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from distgpt.config import BatchPlan
 from distgpt.corpus import window_count
+from distgpt.documents import Documents, find_documents
 from distgpt.errors import ConfigError, DataError, Parser, UserError, leave, run_command
 from distgpt.loss import IGNORED
+from distgpt.plan import BatchPlan
 from distgpt.shards import TokenArray, open_tokens
 from distgpt.tokenizer import load_tokenizer
 
@@ -36,10 +37,13 @@ class Batch(NamedTuple):
 
     ids_BT: Tensor
     targets_BT: Tensor
+    documents: Documents | None = None
+    """Where documents begin, if attention is to stay within them."""
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; from pinned memory the copy does not block the host."""
-        return Batch(self.ids_BT.to(device, non_blocking=True), self.targets_BT.to(device, non_blocking=True))
+        ids_BT, targets_BT = (tensor.to(device, non_blocking=True) for tensor in (self.ids_BT, self.targets_BT))
+        return Batch(ids_BT, targets_BT, self.documents and self.documents.to(device))
 
 
 def permute(indices: np.ndarray, size: int, key: str) -> np.ndarray:
@@ -81,6 +85,8 @@ class ShuffledReader:
     seed: int
     plan: BatchPlan
     rank: int
+    end_of_text: int | None = None
+    """Token that begins a document, where documents are masked."""
 
     def windows(self, positions: np.ndarray) -> np.ndarray:
         """The window that each position of the endless stream reads."""
@@ -92,10 +98,11 @@ class ShuffledReader:
             result[chosen] = permute(offsets[chosen], size, f"{self.seed}/{epoch}")
         return result
 
-    def windows_at(self, step: int) -> np.ndarray:
-        """The windows this rank reads at `step`, in order."""
+    def windows_at(self, step: int, all_ranks: bool = False) -> np.ndarray:
+        """The windows that this rank, or all ranks, read at `step` (from 0), in order."""
         G = self.plan.sequences
-        return self.windows(np.arange(step * G + self.rank, (step + 1) * G, self.plan.ranks))
+        offset, stride = (0, 1) if all_ranks else (self.rank, self.plan.ranks)
+        return self.windows(np.arange(step * G + offset, (step + 1) * G, stride))
 
     def at(self, step: int) -> list[Batch]:
         """This rank's micro-batches at `step`; where it has no sequence for one, a sequence without targets."""
@@ -104,9 +111,8 @@ class ShuffledReader:
         for size in self.plan.micro_batches(self.rank):
             chosen = windows[first : first + size]
             first += size
-            batches.append(
-                to_batch([self.tokens.read(w * T, (w + 1) * T + 1, self.n_vocab) for w in chosen], T, size or 1)
-            )
+            read = [self.tokens.read(w * T, (w + 1) * T + 1, self.n_vocab) for w in chosen]
+            batches.append(to_batch(read, T, size or 1, self.end_of_text))
         return batches
 
     def steps(self, first: int, last: int, device: torch.device) -> Iterator[list[Batch]]:
@@ -139,6 +145,7 @@ def held_out_batches(
     rank: int,
     ranks: int,
     max_tokens: int | None = None,
+    end_of_text: int | None = None,
 ) -> Iterator[Batch]:
     """This rank's share of a stream read in order: over all ranks each token but the first is a target exactly once.
 
@@ -152,17 +159,19 @@ def held_out_batches(
     for first in range(0, most, batch_size):
         chosen = mine[first : first + batch_size]
         read = [tokens.read(start, min(start + seq_len, targets) + 1, n_vocab) for start in chosen]
-        yield to_batch(read, seq_len, min(batch_size, len(windows)))
+        yield to_batch(read, seq_len, min(batch_size, len(windows)), end_of_text)
 
 
-def to_batch(windows: Sequence[np.ndarray], seq_len: int, size: int) -> Batch:
+def to_batch(windows: Sequence[np.ndarray], seq_len: int, size: int, end_of_text: int | None) -> Batch:
     """Windows of at most seq_len + 1 tokens as `size` rows; what they leave empty has no target."""
     ids = np.zeros((size, seq_len), dtype=np.int64)
     targets = np.full((size, seq_len), IGNORED, dtype=np.int64)
     for row, window in enumerate(windows):
         ids[row, : len(window) - 1] = window[:-1]
         targets[row, : len(window) - 1] = window[1:]
-    return Batch(torch.from_numpy(ids), torch.from_numpy(targets))
+    ids_BT = torch.from_numpy(ids)
+    documents = None if end_of_text is None else find_documents(ids_BT, end_of_text)
+    return Batch(ids_BT, torch.from_numpy(targets), documents)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from distgpt import world as worlds
 from distgpt.checkpoint import load_trained
@@ -22,7 +21,8 @@ from distgpt.data import held_out_batches
 from distgpt.errors import DataError, Parser, leave, run_command
 from distgpt.loss import IGNORED
 from distgpt.metrics import Score
-from distgpt.parallel import decide, parallelize
+from distgpt.model import DecoderLM
+from distgpt.parallel import Execution, decide_precision, parallelize
 from distgpt.shards import TokenArray, open_tokens, smallest_dtype
 from distgpt.tokenizer import Tokenizer
 from distgpt.world import World
@@ -30,7 +30,7 @@ from distgpt.world import World
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: DecoderLM,
     tokens: TokenArray,
     tokenizer: Tokenizer,
     seq_len: int,
@@ -44,10 +44,11 @@ def evaluate(
     sizes_V = torch.from_numpy(tokenizer.bytes_per_token())
     loss_sum = torch.zeros((), dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.int64)
-    batches = held_out_batches(tokens, tokenizer.n_vocab, seq_len, batch_size, world.rank, world.size, max_tokens)
+    share = world.rank, world.size, max_tokens, model.end_of_text
+    batches = held_out_batches(tokens, tokenizer.n_vocab, seq_len, batch_size, *share)
     for batch in batches:
         on_device = batch.to(world.device)
-        loss_sum += model(on_device.ids_BT, targets_BT=on_device.targets_BT).item()
+        loss_sum += model(on_device.ids_BT, targets_BT=on_device.targets_BT, documents=on_device.documents).item()
         real = batch.targets_BT[batch.targets_BT != IGNORED]
         counts += torch.stack([torch.tensor(real.numel()), sizes_V[real].sum()])
     model.train(training)
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str]) -> None:
     model, tokenizer, config = load_trained(Path(options.run))
     world = worlds.start(options.device or config.device)
     held_out, name = world.first_rank_first(lambda: open_held_out(options.data, config, tokenizer))
-    parallelize(model, world, decide(config, tokenizer.n_vocab, world, may_compile=False))
+    parallelize(model, world, Execution(decide_precision(config, world), False, world.device.type))
     score = evaluate(model, held_out, tokenizer, config.seq_len, config.batch_size, world)
     if world.is_first:
         print(json.dumps({"data": name} | score.results(), indent=2))

@@ -87,7 +87,7 @@ class Log:
         wandb_run_id: str,
     ) -> None:
         self.config, self.flops_per_token = config, flops_per_token
-        self.tokens_per_step = config.sequences_per_step * config.seq_len
+        self.tokens_per_step = config.tokens_per_step
         self.peak, self.ranks = peak, ranks
         self.last_step = first_step
         self.val_loss: float | None = None
@@ -116,8 +116,11 @@ class Log:
         self.last_step = step
         self.bar.update(step - self.bar.n)
 
-    def step(self, step: int, loss: float, learning_rate: float, grad_norm: float) -> None:
-        """Show and record a training step's numbers; speed is over the steps since the clock was last restarted."""
+    def step(self, step: int, loss: float, learning_rate: float, grad_norm: float, skipped: int = 0) -> None:
+        """Show and record a training step's numbers; speed is over the steps since the clock was last restarted.
+
+        `skipped` counts the updates left out in the run so far because their gradient was not finite.
+        """
         seconds = (time.monotonic() - self.clock_at) / max(1, step - self.clock_step)
         tokens_per_second = self.tokens_per_step / seconds
         tflops = tokens_per_second * self.flops_per_token / 1e12
@@ -132,13 +135,15 @@ class Log:
                 "tflops": round(tflops, 6),
                 "mfu": mfu if mfu is None else round(mfu, 4),
                 "tokens": step * self.tokens_per_step,
+                "skipped": skipped,
             }
         )
         val = "" if self.val_loss is None else f"  val {self.val_loss:.4f}"
+        warning = f"  skipped {skipped}" if skipped else ""
         share = "" if mfu is None else f" ({mfu:.1%} MFU)"
         numbers = (
             f"loss {loss:.4f}{val}  lr {learning_rate:.2e}  norm {grad_norm:.2f}  "
-            f"{tokens_per_second:,.0f} tok/s  {tflops:.3g} TFLOPS{share}"
+            f"{tokens_per_second:,.0f} tok/s  {tflops:.3g} TFLOPS{share}{warning}"
         )
         if self.bar.disable:
             total = self.config.num_training_steps
@@ -146,6 +151,13 @@ class Log:
             self.say(f"step {step:>{len(str(total))}}/{total}  {numbers}  eta {eta}")
         else:
             self.bar.set_postfix_str(numbers)
+        self.restart_clock()
+
+    def memory(self, step: int, peak_bytes: list[int]) -> None:
+        """Show and record the most memory that each rank has used so far (tensors on a GPU, else what is resident)."""
+        self.record({"step": step, "peak-bytes": peak_bytes})
+        least, most = (f"{n_bytes / 1e9:.2f}" for n_bytes in (min(peak_bytes), max(peak_bytes)))
+        self.say(f"memory  {most if least == most else f'{least} to {most}'} GB at most on each rank so far")
         self.restart_clock()
 
     def evaluation(self, step: int, score: Score) -> None:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from distgpt.documents import Documents, attend_within, find_documents
 from distgpt.loss import ExpRows, plain_loss, tiled_loss
-
-VOCAB_MULTIPLE = 64
-"""Vocabulary rows are padded to this multiple: matrix units like round sizes (50,257 becomes 50,304)."""
+from distgpt.plan import VOCAB_MULTIPLE
 
 TOKEN_ROWS = "token_embedding.weight"
 
@@ -31,6 +32,8 @@ class KeyValueCache:
     def __init__(self, n_rows: int, n_columns: int) -> None:
         self.n_rows, self.n_columns = n_rows, n_columns
         self.length = 0
+        self.starts_BS = torch.empty(n_rows, 0, dtype=torch.bool)
+        """Columns in which a document begins."""
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def append(self, layer: int, k_BNTH: Tensor, v_BNTH: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,25 +58,36 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(n_embd, 3 * n_embd)
         self.out = nn.Linear(n_embd, n_embd)
 
-    def forward(self, x_BTD: Tensor, mask_BNTS: Tensor | None, cache: KeyValueCache | None) -> Tensor:
-        q_BNTH, k_BNSH, v_BNSH = rearrange(self.qkv(x_BTD), "B T (qkv N H) -> qkv B N T H", qkv=3, N=self.n_head)
-        if cache is not None:
-            k_BNSH, v_BNSH = cache.append(self.layer, k_BNSH, v_BNSH)
-        if q_BNTH.dtype == torch.bfloat16 and x_BTD.device.type == "cpu" and q_BNTH.shape[-1] < 32:
+    def attend(
+        self, qkv_BTX: Tensor, mask_BNTS: Tensor | None, cache: KeyValueCache | None, documents: Documents | None
+    ) -> Tensor:
+        """What every position gathers, BTD, from queries, keys and values (X = 3 N H); between the two projections."""
+        device_type, H = qkv_BTX.device.type, qkv_BTX.shape[-1] // (3 * self.n_head)
+        p_dropout = self.p_dropout if self.training else 0.0
+        if qkv_BTX.dtype == torch.bfloat16 and device_type == "cpu" and H < 32:
             # The CPU's fused backward takes 5 times as long in bf16 as in fp32 for H = 16 (15.3 and 2.8 ms for
             # B=32 N=2 T=128), as long from H = 64 on.
-            q_BNTH, k_BNSH, v_BNSH = q_BNTH.float(), k_BNSH.float(), v_BNSH.float()
-        with torch.autocast(x_BTD.device.type, enabled=False):  # in the type that q, k and v have now
+            qkv_BTX = qkv_BTX.float()
+        has_autocast = torch.amp.is_autocast_available(device_type)  # not on the meta device
+        # In the type that queries, keys and values have now.
+        with torch.autocast(device_type, enabled=False) if has_autocast else nullcontext():
+            if documents is not None:
+                return attend_within(documents, qkv_BTX, self.n_head, p_dropout)
+            q_BNTH, k_BNSH, v_BNSH = rearrange(qkv_BTX, "B T (qkv N H) -> qkv B N T H", qkv=3, N=self.n_head)
+            if cache is not None:
+                k_BNSH, v_BNSH = cache.append(self.layer, k_BNSH, v_BNSH)
             attended_BNTH = F.scaled_dot_product_attention(
-                q_BNTH,
-                k_BNSH,
-                v_BNSH,
-                attn_mask=mask_BNTS,
-                dropout_p=self.p_dropout if self.training else 0.0,
-                is_causal=mask_BNTS is None,
+                q_BNTH, k_BNSH, v_BNSH, attn_mask=mask_BNTS, dropout_p=p_dropout, is_causal=mask_BNTS is None
             )
-        out_BTD: Tensor = self.out(rearrange(attended_BNTH, "B N T H -> B T (N H)"))
-        return out_BTD
+            return rearrange(attended_BNTH, "B N T H -> B T (N H)")
+
+
+class Norm(nn.LayerNorm):
+    """LayerNorm (Ba et al. 2016) in the type of what it normalises, whatever type its weights come in."""
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        weight_D, bias_D = self.weight.to(x_BTD.dtype), self.bias.to(x_BTD.dtype)
+        return F.layer_norm(x_BTD, self.normalized_shape, weight_D, bias_D, self.eps)
 
 
 class Block(nn.Module):
@@ -81,15 +95,30 @@ class Block(nn.Module):
 
     def __init__(self, layer: int, n_embd: int, n_head: int, p_dropout: float) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(n_embd)
+        self.attention_norm = Norm(n_embd)
         self.attention = Attention(layer, n_embd, n_head, p_dropout)
-        self.mlp_norm = nn.LayerNorm(n_embd)
+        self.mlp_norm = Norm(n_embd)
         self.mlp_up = nn.Linear(n_embd, 4 * n_embd)
         self.mlp_down = nn.Linear(4 * n_embd, n_embd)
         self.dropout = nn.Dropout(p_dropout)
 
-    def forward(self, x_BTD: Tensor, mask_BNTS: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), mask_BNTS, cache))
+    def forward(
+        self,
+        x_BTD: Tensor,
+        mask_BNTS: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        return self.after(x_BTD, self.attention.attend(self.before(x_BTD), mask_BNTS, cache, documents))
+
+    def before(self, x_BTD: Tensor) -> Tensor:
+        """Up to attention: queries, keys and values."""
+        qkv_BTX: Tensor = self.attention.qkv(self.attention_norm(x_BTD))
+        return qkv_BTX
+
+    def after(self, x_BTD: Tensor, attended_BTD: Tensor) -> Tensor:
+        """From attention on: its output added to the stream, then the MLP's."""
+        x_BTD = x_BTD + self.dropout(self.attention.out(attended_BTD))
         h_BTF = F.gelu(self.mlp_up(self.mlp_norm(x_BTD)), approximate="tanh")
         x_BTD = x_BTD + self.dropout(self.mlp_down(h_BTF))
         return x_BTD
@@ -126,17 +155,21 @@ class DecoderLM(nn.Module):
         n_layer: int,
         p_dropout: float = 0.0,
         seed: int = 0,
+        end_of_text: int | None = None,
     ) -> None:
         super().__init__()
-        self.n_vocab, self.n_positions = n_vocab, n_positions
+        self.n_vocab, self.n_positions, self.seed = n_vocab, n_positions, seed
+        self.end_of_text = end_of_text
+        """If set, attention stays within the documents that begin with this token, and positions restart in each."""
         n_rows = math.ceil(n_vocab / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.token_embedding = nn.Embedding(n_rows, n_embd)
         self.position_embedding = nn.Embedding(n_positions, n_embd)
         self.dropout = nn.Dropout(p_dropout)
         self.blocks = nn.ModuleList(Block(layer, n_embd, n_head, p_dropout) for layer in range(n_layer))
-        self.final_norm = nn.LayerNorm(n_embd)
+        self.final_norm = Norm(n_embd)
         self.head = Head(n_vocab)
-        self.init_weights(seed)
+        if not self.token_embedding.weight.is_meta:
+            self.init_weights()
 
     def forward(
         self,
@@ -144,40 +177,59 @@ class DecoderLM(nn.Module):
         attention_mask_BS: Tensor | None = None,
         *,
         targets_BT: Tensor | None = None,
+        documents: Documents | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """Logits BTV (fp32 outside autocast); with `targets_BT`, the summed loss, so that logits never leave here.
 
         `attention_mask_BS` (1 real, 0 padding, left) covers the cached columns too; positions count real tokens only.
+        `documents` are those of `ids_BT` where documents are masked; found here (which waits for the device) if absent.
         """
-        T = ids_BT.shape[1]
-        S = T if cache is None else cache.length + T
-        if attention_mask_BS is None:
-            positions_BT = torch.arange(S - T, S, device=ids_BT.device)
-            mask_BNTS: Tensor | None = None if S == T else causal_mask(T, S, ids_BT.device)
+        mask_BNTS = None
+        if cache is not None or attention_mask_BS is not None:
+            positions_BT, mask_BNTS = self.place(ids_BT, attention_mask_BS, cache)
+        elif self.end_of_text is not None:
+            documents = documents or find_documents(ids_BT.cpu(), self.end_of_text).to(ids_BT.device)
+            positions_BT = documents.positions_BT
         else:
-            real_BS = attention_mask_BS.bool()
-            positions_BT = (real_BS.cumsum(1) - 1).clamp_(min=0)[:, S - T :]
-            # A padding query sees only padding: let it see itself, since a softmax over nothing is NaN.
-            itself_TS = torch.ones(T, S, dtype=torch.bool, device=ids_BT.device).triu_(S - T).tril_(S - T)
-            mask_BNTS = causal_mask(T, S, ids_BT.device) & real_BS[:, None, None, :] | itself_TS
+            positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)
         x_BTD = self.dropout(self.token_embedding(ids_BT) + self.position_embedding(positions_BT))
         for block in self.blocks:
-            x_BTD = block(x_BTD, mask_BNTS, cache)
+            x_BTD = block(x_BTD, mask_BNTS, cache, documents)
         if cache is not None:
-            cache.length = S
+            cache.length += ids_BT.shape[1]
         out: Tensor = self.head(self.final_norm(x_BTD), self.token_embedding.weight, targets_BT)
         return out
 
-    def trained_weights(self) -> dict[str, Tensor]:
-        """The weights by name, without the padding rows of the vocabulary."""
-        weights = dict(self.state_dict())
-        weights[TOKEN_ROWS] = weights[TOKEN_ROWS][: self.n_vocab]
-        return weights
+    def place(
+        self, ids_BT: Tensor, attention_mask_BS: Tensor | None, cache: KeyValueCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Positions BT, and mask BNTS (True where query t may see key s), of rows with padding or cached columns."""
+        (B, T), device = ids_BT.shape, ids_BT.device
+        S = T if cache is None else cache.length + T
+        real_BS = torch.ones(B, S, dtype=torch.bool, device=device)
+        if attention_mask_BS is not None:
+            real_BS = attention_mask_BS.bool()
+        starts_BS = ids_BT == (-1 if self.end_of_text is None else self.end_of_text)
+        if cache is not None:
+            starts_BS = cache.starts_BS = torch.cat([cache.starts_BS.to(device), starts_BS], 1)
+        document_BS = starts_BS.cumsum(1)
+        counted_BS = real_BS.cumsum(1) - 1
+        first_BS = torch.where(starts_BS, counted_BS, 0).cummax(1).values
+        positions_BT = (counted_BS - first_BS).clamp_(min=0)[:, S - T :]
+        causal_TS = torch.ones(T, S, dtype=torch.bool, device=device).tril_(S - T)
+        # A padding query sees only padding: let it see itself, since a softmax over nothing is NaN.
+        itself_TS = causal_TS.triu(S - T)
+        same_BTS = document_BS[:, S - T :, None] == document_BS[:, None, :]
+        return positions_BT, (causal_TS & same_BTS & real_BS[:, None, :] | itself_TS)[:, None]
+
+    def without_padding(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights (a whole state_dict of this model) without the padding rows of the vocabulary."""
+        return weights | {TOKEN_ROWS: weights[TOKEN_ROWS][: self.n_vocab]}
 
     def load_trained_weights(self, weights: dict[str, Tensor]) -> None:
-        """Take over weights from `trained_weights`. Raises ValueError naming the first tensors that do not fit."""
-        own = self.trained_weights()
+        """Take over weights without padding. Raises ValueError naming the first tensors that do not fit."""
+        own = self.without_padding(self.state_dict())
         wrong = [
             f"{name}: {describe_tensor(weights.get(name))}, expected {describe_tensor(own.get(name))}"
             for name in sorted(own.keys() | weights.keys())
@@ -186,32 +238,35 @@ class DecoderLM(nn.Module):
         if wrong:
             raise ValueError("; ".join(wrong[:3]))
         with torch.no_grad():
-            for name, tensor in own.items():  # views of the parameters: padding rows stay zero
+            self.token_embedding.weight[self.n_vocab :] = 0.0
+            for name, tensor in own.items():  # views of the parameters
                 tensor.copy_(weights[name])
 
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """GPT-2's initial weights (Radford et al. 2019, section 2.3): N(0, 0.02), residual ones / sqrt(2 n_layer).
+    def init_weights(self) -> None:
+        """Give every parameter its initial weights."""
+        with torch.no_grad():
+            for parameter, values in self.initial_weights():
+                parameter.copy_(values)
 
+    def initial_weights(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Every parameter with GPT-2's initial weights for it (Radford et al. 2019, section 2.3), one at a time.
+
+        They are N(0, 0.02), on the way into the residual stream N(0, 0.02 / sqrt(2 n_layer)), norms 1 and biases 0.
         Each parameter has a generator of its own, seeded by (seed, name), so that any layout starts alike.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
-                parameter.zero_()
+                yield parameter, torch.zeros(parameter.shape)
             elif "norm" in name:
-                parameter.fill_(1.0)
+                yield parameter, torch.ones(parameter.shape)
             else:
-                key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
+                key = int.from_bytes(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()[:8], "little")
                 residual = name.endswith(("attention.out.weight", "mlp_down.weight"))
                 std = 0.02 / math.sqrt(2 * len(self.blocks)) if residual else 0.02
-                values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(key)) * std
-                parameter.copy_(values)
-        self.token_embedding.weight[self.n_vocab :] = 0.0
-
-
-def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
-    """True where query t (the last T of S columns) may see key s, TS."""
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril_(S - T)
+                values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(key)).mul_(std)
+                if name == TOKEN_ROWS:
+                    values[self.n_vocab :] = 0.0
+                yield parameter, values
 
 
 def describe_tensor(tensor: Tensor | None) -> str:

@@ -1,22 +1,29 @@
-"""Plain model in, running model out: precision, compilation, and DDP around it. The model does not know.
+"""Plain model in, running model out: recomputation, compilation, precision, and DDP or FSDP. The model does not know.
 
 Every rank calls every function here.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from distgpt.config import Config
-from distgpt.errors import MachineError
+from distgpt.errors import ConfigError, MachineError
 from distgpt.loss import exp_rows
 from distgpt.model import DecoderLM
+from distgpt.plan import USABLE_FRACTION, Layout, memory
 from distgpt.world import World, keep_freed_memory
 
 COMPILE_PAYS_SECONDS = 60
@@ -24,6 +31,17 @@ COMPILE_PAYS_SECONDS = 60
 
 EAGER_FLOPS = {"cpu": 5e10, "cuda": 2e12}
 """What small models reach without compilation, in FLOP/s: GPT-tiny on two CPU cores, and on an A10G."""
+
+aten = torch.ops.aten
+SAVED_WHEN_SELECTIVE = [
+    aten.mm.default,
+    aten.addmm.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+]
+"""Outputs that selective recomputation keeps: matmuls and attention, the dear ones (Korthikanti et al. 2022)."""
 
 
 @dataclass(frozen=True)
@@ -34,28 +52,92 @@ class Execution:
     compile: bool
     device: str
     """Type of the device it was decided for."""
+    layout: Layout = field(default_factory=Layout)
 
 
-def decide(config: Config, n_vocab: int, world: World, may_compile: bool = True) -> Execution:
-    """Resolve `precision` and `compile` for this machine; rank 0 decides for all. Every rank calls.
+def decide(config: Config, n_vocab: int, world: World, kept: Execution | None = None) -> Execution:
+    """Resolve what the config leaves to us for this machine; rank 0 decides for all. Every rank calls.
 
-    Raises MachineError if the config asks to compile where that does not work.
+    `kept` is what the run being continued had decided: what still applies is used again. Raises ConfigError where
+    the ranks do not suit the strategy, MachineError if the config asks to compile where that does not work.
     """
-    precision: str = config.precision
-    compiled = may_compile and config.compile == "on"
-    if precision == "auto":
-        precision = "bf16" if multiplies_bf16(world.device) else "fp32"
-    if config.compile == "auto" and may_compile and world.is_first:
-        tokens = config.num_training_steps * config.sequences_per_step * config.seq_len
-        flops = tokens * config.model_config.flops_per_token(n_vocab, config.seq_len)
-        seconds = flops / EAGER_FLOPS.get(world.device.type, float("inf"))
-        compiled = seconds > COMPILE_PAYS_SECONDS and can_compile(world.device)
-    elif compiled and not can_compile(world.device):
+    if kept is None or kept.device != world.device.type:
+        precision, compiled = decide_precision(config, world), decide_compile(config, n_vocab, world)
+    else:
+        precision, compiled = kept.precision, kept.compile
+    if kept is not None and kept.layout.ranks == world.size and kept.device == world.device.type:
+        layout = kept.layout
+    else:
+        layout = decide_layout(config, n_vocab, precision, world)
+    return Execution(precision, compiled, world.device.type, layout)
+
+
+def decide_precision(config: Config, world: World) -> str:
+    """bf16 where rank 0's device multiplies it, unless the config says. Every rank calls."""
+    auto = "bf16" if multiplies_bf16(world.device) else "fp32"
+    return str(world.from_first(auto if config.precision == "auto" else config.precision))
+
+
+def decide_compile(config: Config, n_vocab: int, world: World) -> bool:
+    """Whether to compile: as the config says, or where that works and pays. Every rank calls."""
+    if config.compile == "on" and not can_compile(world.device):
         raise MachineError(
             "compile: got on, but compiling a line failed here; install a C++ compiler (Debian: apt install g++ "
             "python3-dev), or use compile=auto"
         )
-    return Execution(*world.from_first((precision, compiled, world.device.type)))
+    compiled = config.compile == "on"
+    if config.compile == "auto" and world.is_first:
+        flops_per_token = config.model_config.sizes(n_vocab).flops_per_token(config.seq_len)
+        flops = config.num_training_steps * config.tokens_per_step * flops_per_token
+        seconds = flops / EAGER_FLOPS.get(world.device.type, float("inf"))
+        compiled = seconds > COMPILE_PAYS_SECONDS and can_compile(world.device)
+    return bool(world.from_first(compiled))
+
+
+def decide_layout(config: Config, n_vocab: int, precision: str, world: World) -> Layout:
+    """How the model is spread: for `auto`, over as few ranks as its memory on paper allows. Every rank calls."""
+    asked = config.parallel
+    sizes, plan = config.model_config.sizes(n_vocab), config.batch_plan(world.size)
+    usable = USABLE_FRACTION * min(world.gather(world.memory_bytes))
+
+    def layout(strategy: str, shard_ranks: int, reduce_each: bool) -> Layout:
+        return Layout(
+            strategy,
+            world.size,
+            shard_ranks,
+            asked.reshard_after_forward,
+            reduce_each,
+            config.activation_checkpointing,
+            precision == "bf16",
+        )
+
+    def fits(layout: Layout) -> bool:
+        return bool(sum(memory(sizes, layout, plan, config.seq_len).values()) <= usable)
+
+    strategy = asked.strategy
+    if strategy == "auto":
+        strategy = "none" if world.size == 1 else "ddp" if fits(layout("ddp", 1, False)) else "fsdp"
+    if strategy == "none" and world.size > 1:
+        raise ConfigError(
+            f"parallel.strategy: got none with {world.size} ranks, expected ddp, fsdp or hsdp; use auto",
+            everywhere=True,
+        )
+    if strategy != "none" and not world.grouped:
+        raise ConfigError(
+            f"parallel.strategy: got {strategy} without torchrun, expected auto or none; start with torchrun",
+            everywhere=True,
+        )
+    shard_ranks = {"fsdp": world.size, "hsdp": asked.shard_ranks or world.local_size}.get(strategy, 1)
+    if world.size % shard_ranks:
+        raise ConfigError(
+            f"parallel.shard_ranks: got {shard_ranks} with {world.size} ranks, expected a divisor of {world.size}; "
+            "change it, or the number of ranks",
+            everywhere=True,
+        )
+    each = asked.reduce_gradients == "each"
+    if asked.reduce_gradients == "auto":
+        each = not fits(layout(strategy, shard_ranks, False))
+    return layout(strategy, shard_ranks, each)
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -74,18 +156,78 @@ def can_compile(device: torch.device) -> bool:
         return False
 
 
-def parallelize(model: DecoderLM, world: World, execution: Execution) -> nn.Module:
-    """The model made ready to train on this rank's device; parameters keep their names in `model` itself."""
-    model.to(world.device)
+@dataclass(frozen=True)
+class Running:
+    """A model ready to train: called like the model itself."""
+
+    module: nn.Module
+    """The model as DDP or FSDP wrapped it."""
+    layout: Layout
+
+    def __call__(self, *args: object, **kwargs: object) -> Tensor:
+        """The model's own forward."""
+        result: Tensor = self.module(*args, **kwargs)
+        return result
+
+    @contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
+        """Around forward and backward of a micro-step: gradients are exchanged on the last of an update only.
+
+        `reduce_each` adds up shards instead of whole gradients, at the price of an exchange each time.
+        """
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_gradient_sync(last or self.layout.reduce_each)
+            self.module.set_requires_all_reduce(last)
+            self.module.set_reshard_after_backward(last or self.layout.reshard_after_forward)
+        if isinstance(self.module, DistributedDataParallel) and not last:
+            with self.module.no_sync():
+                yield
+        else:
+            yield
+
+    @torch.no_grad()
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Scale the gradient down to `max_norm` if it is longer; returns its global norm, the same on every rank."""
+        parameters = list(self.module.parameters())
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if isinstance(norm, DTensor):  # so far of this rank's shards
+            norm = norm.full_tensor()
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
+
+
+def parallelize(model: DecoderLM, world: World, execution: Execution) -> Running:
+    """Make the model ready to train, in place: parameters keep their names.
+
+    A model on the meta device gets its initial weights here, each rank only its share: no rank ever holds the whole.
+    """
+    layout = execution.layout
     torch.set_float32_matmul_precision("high" if execution.precision == "tf32" else "highest")
-    if execution.precision == "bf16":
-        model.forward = torch.autocast(world.device.type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+    if layout.activation_checkpointing != "none":
+        recompute_blocks(model, selective=layout.activation_checkpointing == "selective")
     if execution.compile:
         compile_parts(model, world.device)
-    if world.size == 1:
-        return model
-    device_ids = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    if execution.precision == "bf16":
+        model.forward = torch.autocast(world.device.type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+    if layout.sharded:
+        shard(model, world, layout)
+    if model.token_embedding.weight.is_meta:
+        model.to_empty(device=world.device)
+        init_weights(model, world.device)
+    else:
+        model.to(world.device)
+    if layout.strategy == "ddp":
+        device_ids = [world.device] if world.device.type == "cuda" else None
+        return Running(DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True), layout)
+    return Running(model, layout)
+
+
+def recompute_blocks(model: DecoderLM, selective: bool) -> None:
+    """Let each block drop what it computed and compute it again in backward (Chen et al. 2016)."""
+    saved = functools.partial(create_selective_checkpoint_contexts, SAVED_WHEN_SELECTIVE)
+    settings: dict[str, Any] = {"context_fn": saved} if selective else {}
+    for block in model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **settings)
 
 
 def compile_parts(model: DecoderLM, device: torch.device) -> None:
@@ -93,8 +235,11 @@ def compile_parts(model: DecoderLM, device: torch.device) -> None:
 
     The embeddings stay outside: compiled for the CPU, their backward adds atomically, and no two runs are alike.
     """
+    # Not `block.compile()`, which would take in FSDP's hooks. Attention within documents has new shapes each time.
+    parts = ("forward",) if model.end_of_text is None else ("before", "after")
     for block in model.blocks:
-        block.compile(dynamic=False)
+        for part in parts:
+            setattr(block, part, torch.compile(getattr(block, part), dynamic=False))
     if device.type == "cpu":
         keep_freed_memory()
         model.head.exp_rows = torch.compile(exp_rows, dynamic=False)
@@ -102,11 +247,28 @@ def compile_parts(model: DecoderLM, device: torch.device) -> None:
         model.head.compile(dynamic=False)
 
 
-@contextmanager
-def synchronised(running: nn.Module, last: bool) -> Iterator[None]:
-    """Around forward and backward of a micro-step: only the last of an update exchanges gradients between ranks."""
-    if last or not isinstance(running, DistributedDataParallel):
-        yield
-    else:
-        with running.no_sync():
-            yield
+def shard(model: DecoderLM, world: World, layout: Layout) -> None:
+    """Spread every parameter's rows over the ranks (FSDP2); a block is gathered while it computes.
+
+    Embeddings and last norm, tied and used at both ends, are a unit of their own and stay fp32, so that the residual
+    stream and the sum of the embedding's two gradients do. Gradients are exchanged in fp32.
+    """
+    copies = world.size // layout.shard_ranks
+    axes = {"replicate": copies, "shard": layout.shard_ranks} if layout.strategy == "hsdp" else {"shard": world.size}
+    mesh = init_device_mesh(world.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    narrow = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policy = narrow if layout.bf16 else MixedPrecisionPolicy()
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=layout.reshard_after_forward)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+
+@torch.no_grad()
+def init_weights(model: DecoderLM, device: torch.device) -> None:
+    """Give every parameter, or this rank's shard of it, its initial weights; one whole parameter at a time."""
+    for parameter, values in model.initial_weights():
+        if isinstance(parameter, DTensor):
+            placement = parameter.device_mesh, parameter.placements
+            parameter.copy_(distribute_tensor(values.to(device), *placement, src_data_rank=None))
+        else:
+            parameter.copy_(values)

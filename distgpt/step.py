@@ -6,11 +6,11 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distgpt.data import Batch
 from distgpt.loss import IGNORED
-from distgpt.parallel import synchronised
+from distgpt.parallel import Running
 from distgpt.world import World
 
 
@@ -27,7 +27,7 @@ class StepResult:
 
 
 def train_step(
-    running: nn.Module,
+    running: Running,
     optimizer: torch.optim.Optimizer,
     batches: list[Batch],
     tokens: int,
@@ -37,17 +37,17 @@ def train_step(
     """Update the weights with the gradient of the mean loss over all `tokens` targets of the step. Every rank calls.
 
     Each micro-step's summed loss is divided by the step's global count, so that neither accumulation nor uneven ranks
-    can weigh a token differently; DDP's averaging over ranks is cancelled by multiplying by their number.
+    can weigh a token differently; DDP and FSDP average over ranks, which multiplying by their number cancels.
     Where the gradient is not finite the fused optimizer leaves the weights as they are, on all ranks alike.
     """
     optimizer.zero_grad(set_to_none=True)
     losses = []
     for index, batch in enumerate(batches):
-        with synchronised(running, last=index == len(batches) - 1):
-            loss = running(batch.ids_BT, targets_BT=batch.targets_BT)
-            (loss * (world.size / tokens)).backward()
+        with running.micro_step(last=index == len(batches) - 1):
+            loss = running(batch.ids_BT, targets_BT=batch.targets_BT, documents=batch.documents)
+            (loss * (world.size / tokens)).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
-    grad_norm = nn.utils.clip_grad_norm_(running.parameters(), grad_clip)
+    grad_norm = running.clip_gradients(grad_clip)
     skipped = (~grad_norm.isfinite()).float()
     optimizer.found_inf = skipped  # type: ignore[attr-defined]  # read by fused optimizers, on the device
     if world.device.type != "mps" or not skipped:  # Apple's fused kernel does not read found_inf
@@ -55,7 +55,7 @@ def train_step(
     return StepResult(torch.stack(losses).sum(), grad_norm, skipped)
 
 
-def warm_up(running: nn.Module, batches: list[Batch], world: World) -> None:
+def warm_up(running: Running, batches: list[Batch], world: World) -> None:
     """Run a step's first and last micro-batch without targets, so that all gradients are zero. Every rank calls.
 
     It compiles before the clock starts, and it lets DDP settle its buckets, which it orders anew after its first
@@ -63,9 +63,11 @@ def warm_up(running: nn.Module, batches: list[Batch], world: World) -> None:
     """
     ends = batches[:1] if len(batches) == 1 else [batches[0], batches[-1]]
     for batch in ends:
-        with synchronised(running, last=batch is ends[-1]):
-            running(batch.ids_BT, targets_BT=torch.full_like(batch.targets_BT, IGNORED)).backward()
-    running.zero_grad(set_to_none=True)
+        with running.micro_step(last=batch is ends[-1]):
+            nothing_BT = torch.full_like(batch.targets_BT, IGNORED)
+            loss = running(batch.ids_BT, targets_BT=nothing_BT, documents=batch.documents)
+            loss.backward()  # type: ignore[no-untyped-call]
+    running.module.zero_grad(set_to_none=True)
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from distgpt import checkpoint
 from distgpt import config as configs
 from distgpt import world as worlds
-from distgpt.check import Start, check
+from distgpt.check import Start, changes, check
 from distgpt.checkpoint import Checkpoint
-from distgpt.config import BatchPlan, Config, count
+from distgpt.config import Config
 from distgpt.corpus import ORDER_VERSION, window_count
 from distgpt.data import ShuffledReader
 from distgpt.errors import NumericsError, leave, run_command
@@ -31,7 +30,8 @@ from distgpt.evaluate import evaluate
 from distgpt.metrics import Log, device_name, open_log, peak_tflops
 from distgpt.model import DecoderLM
 from distgpt.optim import build_optimizer, learning_rate, set_learning_rate
-from distgpt.parallel import Execution, decide, parallelize
+from distgpt.parallel import Execution, Running, decide, parallelize
+from distgpt.plan import BatchPlan, Layout, count
 from distgpt.step import seed_dropout, train_step, warm_up
 from distgpt.world import World
 
@@ -44,7 +44,7 @@ class Run:
     """Everything that a run consists of, made ready."""
 
     model: DecoderLM
-    running: nn.Module
+    running: Running
     """The model as `parallelize` wrapped it: what the step calls."""
     optimizer: torch.optim.Optimizer
     reader: ShuffledReader
@@ -64,33 +64,36 @@ def train(config: Config, fresh: bool, world: World) -> None:
 
     run = build(config, start, world)
     last_step, output_dir = config.num_training_steps, Path(config.output_dir)
-    tokens_per_step = config.sequences_per_step * config.seq_len
     schedule = (config.num_warmup_steps, last_step, config.min_lr, config.max_lr)
     score = partial(evaluate, run.model, start.tokens.val, start.tokenizer, config.seq_len, config.batch_size, world)
-    skipped_in_a_row = torch.zeros((), device=world.device)
+    skipped = torch.tensor(run.state["skipped"], device=world.device)
 
     for step, batches in enumerate(run.reader.steps(run.first_step, last_step, world.device), run.first_step + 1):
         rate = learning_rate(step - 1, *schedule)
         set_learning_rate(run.optimizer, rate)
         seed_dropout(config.seed, step, world.rank)
-        result = train_step(run.running, run.optimizer, batches, tokens_per_step, config.optimizer.grad_clip, world)
-        skipped_in_a_row = (skipped_in_a_row + result.skipped) * result.skipped
+        result = train_step(
+            run.running, run.optimizer, batches, config.tokens_per_step, config.optimizer.grad_clip, world
+        )
+        skipped = (skipped + result.skipped) * torch.stack([torch.ones_like(result.skipped), result.skipped])
         run.log.step_done(step)
         if due(step, config.log_every, last_step):
-            loss = float(world.sum(result.loss_sum)) / tokens_per_step
-            check_numbers(step, loss, int(skipped_in_a_row))
-            run.log.step(step, loss, rate, float(result.grad_norm))
+            loss = float(world.sum(result.loss_sum)) / config.tokens_per_step
+            in_all, in_a_row = map(int, skipped.tolist())
+            check_numbers(run.reader, step, loss, in_a_row)
+            run.log.step(step, loss, rate, float(result.grad_norm), in_all)
         if due(step, config.eval.every) and step < last_step:
             run.log.evaluation(step, score(config.eval.max_tokens))
         if due(step, config.checkpoint.every, last_step):
-            checkpoint.save(output_dir, step, run.model, run.optimizer, run.state, config.checkpoint.keep, world)
+            state = run.state | {"skipped": skipped.tolist()}
+            checkpoint.save(output_dir, step, run.model, run.optimizer, state, config.checkpoint.keep, world)
             run.log.restart_clock()
 
+    run.log.memory(last_step, world.gather(world.peak_bytes))
     final = score()
     run.log.evaluation(last_step, final)
     results = {"step": last_step} | final.results()
-    if world.is_first:
-        write_results(output_dir, run.model, start, results)
+    write_results(output_dir, run.model, start, results, world)
     run.log.say(f"{json.dumps(results)}\nfinished: model.safetensors, eval.json and metrics.jsonl are in {output_dir}")
     run.log.close()
 
@@ -99,10 +102,10 @@ def build(config: Config, start: Start, world: World) -> Run:
     """Build the run, restore its checkpoint if there is one, show what is about to happen, and compile."""
     n_vocab = start.tokenizer.n_vocab
     first_step = start.resume.step if start.resume else 0
-    plan = BatchPlan(config.sequences_per_step, config.batch_size, world.size)
-    execution = resumed_execution(start.resume, config, world) or decide(config, n_vocab, world)
+    plan = config.batch_plan(world.size)
+    execution = decide(config, n_vocab, world, earlier_execution(start.resume, config))
     state = run_state(config, start, execution)
-    model = checkpoint.build_model(config, n_vocab)
+    model = checkpoint.build_model(config, start.tokenizer)
     running = parallelize(model, world, execution)
     optimizer = build_optimizer(model, config.optimizer)
     if world.is_first:
@@ -111,18 +114,19 @@ def build(config: Config, start: Start, world: World) -> Run:
         world,
         config=config,
         first_step=first_step,
-        flops_per_token=config.model_config.flops_per_token(n_vocab, config.seq_len),
+        flops_per_token=config.model_config.sizes(n_vocab).flops_per_token(config.seq_len),
         peak=peak_tflops(world.device, execution.precision),
         wandb_run_id=state["wandb_run_id"],
     )
     log.say(card(config, start, execution, plan, world))
     if start.resume:
         checkpoint.load(start.resume, model, optimizer, world)
-    reader = ShuffledReader(start.tokens.train, n_vocab, config.seq_len, config.seed, plan, world.rank)
+    stream = start.tokens.train, n_vocab, config.seq_len, config.seed
+    reader = ShuffledReader(*stream, plan, world.rank, model.end_of_text)
     if execution.compile:
         log.say("compiling: up to half a minute the first time")
     warm_up(running, [batch.to(world.device) for batch in reader.at(first_step)], world)
-    log.restart_clock()
+    log.memory(first_step, world.gather(world.peak_bytes))
     return Run(model, running, optimizer, reader, log, state, first_step)
 
 
@@ -131,13 +135,15 @@ def due(step: int, every: int, last_step: int | None = None) -> bool:
     return step % every == 0 or step == last_step
 
 
-def resumed_execution(resume: Checkpoint | None, config: Config, world: World) -> Execution | None:
-    """What the run being continued had decided, unless the config or the device is now another."""
+def earlier_execution(resume: Checkpoint | None, config: Config) -> Execution | None:
+    """What the run being continued had decided, unless the config now asks for something else."""
     if resume is None:
         return None
-    execution, old = Execution(**resume.state["execution"]), resume.state["config"]
-    same = (old["precision"], old["compile"], execution.device) == (config.precision, config.compile, world.device.type)
-    return execution if same else None
+    changed = {key.partition(".")[0] for key in changes(config, resume)}
+    if changed & {"precision", "compile", "parallel", "activation_checkpointing"}:
+        return None
+    decided = resume.state["execution"]
+    return Execution(**decided | {"layout": Layout(**decided["layout"])})
 
 
 def run_state(config: Config, start: Start, execution: Execution) -> dict[str, Any]:
@@ -147,6 +153,7 @@ def run_state(config: Config, start: Start, execution: Execution) -> dict[str, A
         "execution": dataclasses.asdict(execution),
         "order_version": ORDER_VERSION,
         "sequences_per_step": config.sequences_per_step,
+        "skipped": start.resume.state.get("skipped", [0.0, 0.0]) if start.resume else [0.0, 0.0],
         "tokens": start.tokens.fingerprint,
         "tokenizer": start.tokenizer.fingerprint,
         "torch": torch.__version__,
@@ -167,20 +174,21 @@ def prepare_output_dir(output_dir: Path, config: Config, anew: bool) -> None:
 def card(config: Config, start: Start, execution: Execution, plan: BatchPlan, world: World) -> str:
     """What is about to happen, for people."""
     model, n_vocab, tokens = config.model_config, start.tokenizer.n_vocab, start.tokens
-    steps, tokens_per_step = config.num_training_steps, config.sequences_per_step * config.seq_len
+    sizes, steps, tokens_per_step = model.sizes(n_vocab), config.num_training_steps, config.tokens_per_step
     epochs = steps * plan.sequences / window_count(len(tokens.train), config.seq_len)
-    flops = steps * tokens_per_step * model.flops_per_token(n_vocab, config.seq_len)
+    flops = steps * tokens_per_step * sizes.flops_per_token(config.seq_len)
     compiled = "compiled" if execution.compile else "not compiled"
     lines = {
         "model": f"{count(model.n_layer, 'layer')}, {count(model.n_head, 'head')}, width {model.n_embd}, "
-        f"{count(model.n_positions, 'position')}, {count(model.parameters(n_vocab), 'parameter')}",
+        f"{count(model.n_positions, 'position')}, {count(sizes.parameters, 'parameter')}",
         "tokens": f"{tokens.path}: {len(tokens.train):,} train, {len(tokens.val):,} val "
         f"({config.tokenizer_encoding}, vocabulary {n_vocab:,})",
         "batch": plan.equation(config.seq_len),
         "steps": f"{steps:,} ({steps * tokens_per_step:,} tokens, {epochs:.2f} epochs, {flops:.2g} FLOPs)",
         "device": f"{world.size} x {device_name(world.device)}"
         + (f", {count(world.threads, 'thread')}" if world.device.type == "cpu" else "")
-        + f", {execution.precision}, {compiled}, torch {torch.__version__}",
+        + "".join(f", {part}" for part in (execution.layout.describe(), execution.precision, compiled) if part)
+        + f", torch {torch.__version__}",
         "output": f"{config.output_dir} (the same command continues a stopped run)",
     }
     if start.resume:
@@ -189,21 +197,28 @@ def card(config: Config, start: Start, execution: Execution, plan: BatchPlan, wo
     return "\n".join([*(f"{name:<8}{text}" for name, text in lines.items()), *notes])
 
 
-def check_numbers(step: int, loss: float, skipped_in_a_row: int) -> None:
+def check_numbers(reader: ShuffledReader, step: int, loss: float, skipped_in_a_row: int) -> None:
     """Raise NumericsError, on every rank, when gradients have stopped being numbers: no weight has moved since."""
     if skipped_in_a_row >= MOST_SKIPPED:
+        first = step - skipped_in_a_row + 1
+        windows = reader.windows_at(first - 1, all_ranks=True)
+        listed = ", ".join(map(str, windows[:8])) + (", ..." if len(windows) > 8 else "")
         raise NumericsError(
-            f"step {step}: the last {skipped_in_a_row} gradients were not finite (the loss is {loss}), "
-            f"expected fewer than {MOST_SKIPPED} in a row; lower max_lr, raise num_warmup_steps or use precision=fp32, "
-            "and start over; the last checkpoint is intact",
+            f"step {first}: its gradient was not finite, nor any to step {step} (the loss is {loss}), expected fewer "
+            f"than {MOST_SKIPPED} in a row; it read sequences {listed} (of seq_len tokens each, from 0, of train); "
+            "lower max_lr, raise num_warmup_steps or use precision=fp32, and start over; the last checkpoint is intact",
             everywhere=True,
         )
 
 
-def write_results(output_dir: Path, model: DecoderLM, start: Start, results: dict[str, Any]) -> None:
-    """Write the trained model and, last, its score: where there is an eval.json, the run is finished."""
-    checkpoint.save_trained(output_dir, model, start.tokenizer)
-    checkpoint.replace_durably(output_dir / "eval.json", (json.dumps(results, indent=2) + "\n").encode())
+def write_results(output_dir: Path, model: DecoderLM, start: Start, results: dict[str, Any], world: World) -> None:
+    """Write the trained model and, last, its score: where there is an eval.json, the run is finished.
+
+    Every rank calls.
+    """
+    checkpoint.save_trained(output_dir, model, start.tokenizer, world)
+    if world.is_first:
+        checkpoint.replace_durably(output_dir / "eval.json", (json.dumps(results, indent=2) + "\n").encode())
 
 
 def show_results(config: Config, results: dict[str, Any], world: World) -> None:

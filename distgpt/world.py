@@ -42,9 +42,30 @@ class World:
 
     rank: int
     size: int
+    local_size: int
+    """Ranks on this machine."""
     device: torch.device
     threads: int
     """Threads each CPU operation uses; part of what a bit-identical rerun needs."""
+
+    @property
+    def grouped(self) -> bool:
+        """Whether torchrun started us, so that there is a process group (of one rank, if need be)."""
+        return dist.is_initialized()
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory that this rank may use: its GPU's, or its share of the machine's (or container's)."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.get_device_properties(self.device).total_memory)
+        return host_memory_bytes() // self.local_size
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory this process has used at a time: tensors on a GPU, else what is resident (0: not known)."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        return peak_resident_bytes()
 
     @property
     def is_first(self) -> bool:
@@ -112,7 +133,7 @@ class World:
 
     def close(self) -> None:
         """Leave the process group in step with the other ranks. Every rank calls, with nothing left that uses it."""
-        if self.size > 1:
+        if self.grouped:
             gc.collect()
             dist.barrier()
             dist.destroy_process_group()
@@ -142,9 +163,9 @@ def start(device: str) -> World:
     torch.set_num_threads(threads)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if size > 1:
+    if given:
         join_group(chosen, size == local_size)
-    return World(rank, size, chosen, threads)
+    return World(rank, size, local_size, chosen, threads)
 
 
 def choose_device(device: str, local_rank: int, size: int) -> torch.device:
@@ -216,6 +237,27 @@ def keep_freed_memory() -> None:
         return
     mallopt(m_mmap_max, 0)
     mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def host_memory_bytes() -> int:
+    """This machine's memory, or the container's limit if that is lower."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            found.append(int(Path(path).read_text()))
+        except (OSError, ValueError):  # no such file, or no limit ("max")
+            pass
+    return min(found)
+
+
+def peak_resident_bytes() -> int:
+    """Most memory this process has had resident; 0 where the system does not tell."""
+    try:
+        # Not getrusage: its figure goes on from the process that this one was forked from.
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) * 1024 if found else 0
+    except OSError:
+        return 0
 
 
 def is_interactive() -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import hashlib
 import json
 import subprocess
 import sys
@@ -18,18 +19,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from safetensors.torch import load_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 
+from distgpt import checkpoint
 from distgpt import world as worlds
-from distgpt.config import BatchPlan, OptimizerConfig
+from distgpt.checkpoint import Checkpoint
+from distgpt.config import OptimizerConfig
 from distgpt.data import ShuffledReader
 from distgpt.errors import ConfigError, DataError, leave
 from distgpt.evaluate import evaluate
 from distgpt.model import DecoderLM
 from distgpt.optim import build_optimizer, set_learning_rate
 from distgpt.parallel import Execution, parallelize
+from distgpt.plan import BatchPlan, Layout
 from distgpt.shards import TokenArray, open_tokens
 from distgpt.step import seed_dropout, train_step, warm_up
 from distgpt.tokenizer import load_tokenizer
@@ -37,100 +43,260 @@ from distgpt.world import World
 from tests.conftest import REPO, environment
 
 N_VOCAB, SEQ_LEN, SEQUENCES = 101, 16, 8
-PLAIN = Execution("fp32", compile=False, device="cpu")
+TOKENS = SEQUENCES * SEQ_LEN
+END_OF_TEXT = 7
+LEARNING_RATE, CLIP = 3e-3, 0.5
 
 
-def small_model(n_vocab: int = N_VOCAB, n_embd: int = 21) -> DecoderLM:
+def strategies(ranks: int) -> list[str]:
+    """What so many ranks can run; torchrun gives even one rank a process group."""
+    return ["none", "ddp", "fsdp"] if ranks == 1 else ["ddp", "fsdp"] + ["hsdp"] * (ranks == 4)
+
+
+def execution(world: World, strategy: str, precision: str = "fp32", compiled: bool = False, **more: Any) -> Execution:
+    """A strategy on all ranks; hsdp in two copies."""
+    shard_ranks = {"fsdp": world.size, "hsdp": world.size // 2}.get(strategy, 1)
+    layout = Layout(strategy, world.size, shard_ranks, bf16=precision == "bf16", **more)
+    return Execution(precision, compiled, "cpu", layout)
+
+
+def small_model(n_vocab: int = N_VOCAB, n_embd: int = 21, end_of_text: int | None = None) -> DecoderLM:
     """By default an odd width and a vocabulary that no number of ranks divides."""
-    return DecoderLM(n_vocab, n_embd, n_head=3, n_positions=SEQ_LEN, n_layer=2, seed=3)
+    return DecoderLM(n_vocab, n_embd, n_head=3, n_positions=SEQ_LEN, n_layer=2, seed=3, end_of_text=end_of_text)
 
 
 def stream(folder: Path, length: int, n_vocab: int = N_VOCAB) -> TokenArray:
-    """Random tokens in a file, the same on every rank."""
+    """Random tokens in a file, the same on every rank; one in eight ends a text."""
     path = folder / f"stream-{length}-{torch.distributed.get_rank() if torch.distributed.is_initialized() else 0}.npy"
-    np.save(path, np.random.default_rng(0).integers(0, n_vocab, length).astype(np.uint16))
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, n_vocab, length)
+    np.save(path, np.where(generator.random(length) < 1 / 8, END_OF_TEXT, tokens).astype(np.uint16))
     return open_tokens(path)["tokens"]
 
 
-def step_gradients(world: World, folder: Path, batch_size: int, dtype: torch.dtype) -> dict[str, Any]:
-    """One step's gradients (in a file), loss and norm, with `batch_size` sequences in a forward pass."""
-    model = small_model().to(dtype)
-    running = parallelize(model, world, PLAIN)
+def reader(folder: Path, world: World, batch_size: int, end_of_text: int | None = None) -> ShuffledReader:
+    """This rank's share of steps of SEQUENCES sequences."""
     plan = BatchPlan(SEQUENCES, batch_size, world.size)
-    reader = ShuffledReader(stream(folder, 999), N_VOCAB, SEQ_LEN, 0, plan, world.rank)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, fused=True)
-    result = train_step(running, optimizer, reader.at(5), SEQUENCES * SEQ_LEN, 1e9, world)
-    gradients = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
-    np.savez(folder / f"gradients-{batch_size}-{dtype}-{world.rank}.npz", **gradients)  # type: ignore[arg-type]
-    loss = float(world.sum(result.loss_sum.double())) / (SEQUENCES * SEQ_LEN)
-    return {"loss": loss, "norm": float(result.grad_norm), "micro_steps": plan.micro_steps}
+    return ShuffledReader(stream(folder, 999), N_VOCAB, SEQ_LEN, 0, plan, world.rank, end_of_text)
+
+
+def whole(tensor: torch.Tensor | None) -> np.ndarray:
+    """A tensor of which this rank may hold a part. Every rank calls."""
+    assert tensor is not None
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().numpy().copy()
+
+
+def step_gradients(
+    world: World, folder: Path, name: str, how: Execution, batch_size: int, dtype: torch.dtype, masked: bool = False
+) -> dict[str, Any]:
+    """One step's gradients (in a file), loss and norm, with at most `batch_size` sequences in a forward pass."""
+    end_of_text = END_OF_TEXT if masked else None
+    model = small_model(end_of_text=end_of_text).to(dtype)
+    running = parallelize(model, world, how)
+    optimizer = build_optimizer(model, OptimizerConfig())  # of learning rate 0
+    batches = reader(folder, world, batch_size, end_of_text).at(5)
+    result = train_step(running, optimizer, batches, SEQUENCES * SEQ_LEN, 1e9, world)
+    gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
+    if world.is_first:
+        np.savez(folder / f"gradients-{name}.npz", **gradients)  # type: ignore[arg-type]
+    return {"loss": float(world.sum(result.loss_sum.double())) / TOKENS, "norm": float(result.grad_norm)}
 
 
 def gradients(world: World, folder: Path) -> Any:
-    """Every accumulation, in fp32 and fp64."""
-    cases = [(size, dtype) for size in (8, 3, 1) for dtype in (torch.float32, torch.float64)]
-    return {f"{size}-{dtype}": step_gradients(world, folder, size, dtype) for size, dtype in cases}
+    """Every strategy and accumulation, in fp32 and fp64; sharded ones in both ways to exchange and to gather."""
+    found = {}
+    for strategy in strategies(world.size):
+        ways: dict[str, dict[str, Any]] = {"": {}}
+        if strategy in ("fsdp", "hsdp"):
+            ways |= {"-each": {"reduce_each": True}, "-kept": {"reshard_after_forward": False}}
+        for way, settings in ways.items():
+            for size in (8, 3, 1):
+                for dtype in (torch.float32, torch.float64):
+                    name = f"{strategy}{way}-{size}-{dtype}"
+                    how = execution(world, strategy, **settings)
+                    found[name] = step_gradients(world, folder, name, how, size, dtype)
+    return found
+
+
+def documents(world: World, folder: Path) -> Any:
+    """The gradient with documents masked, in fp64."""
+    return {
+        strategy: step_gradients(
+            world, folder, f"documents-{strategy}", execution(world, strategy), 3, torch.float64, masked=True
+        )
+        for strategy in strategies(world.size)
+    }
+
+
+def recomputation(world: World, folder: Path) -> Any:
+    """The gradient with layers recomputed, compiled and not, documents masked and not; on 2 ranks compiled as well."""
+    found = {}
+    for strategy in strategies(world.size):
+        for compiled in (False, True) if world.size == 2 else (False,):
+            for kind in ("none", "full", "selective") if compiled else ("full", "selective"):
+                for masked in (False, True):
+                    torch._dynamo.reset()  # else one code object gathers more variants than it may have
+                    name = f"recomputation-{strategy}-{kind}-{compiled}-{masked}"
+                    how = execution(world, strategy, compiled=compiled, activation_checkpointing=kind)
+                    found[name] = step_gradients(world, folder, name, how, 3, torch.float32, masked)
+    return found
+
+
+def curves(world: World, folder: Path) -> Any:
+    """Loss and gradient norm of 20 steps of AdamW with clipping, for every strategy, accumulation and dtype."""
+    found = {}
+    for strategy in strategies(world.size):
+        for size, dtype, precision in (
+            (8, torch.float32, "fp32"),
+            (8, torch.float64, "fp32"),
+            (3, torch.float64, "fp32"),
+            (1, torch.float32, "fp32"),
+            (8, torch.float32, "bf16"),
+        ):
+            model = small_model().to(dtype)
+            running = parallelize(model, world, execution(world, strategy, precision))
+            optimizer = build_optimizer(model, OptimizerConfig())
+            set_learning_rate(optimizer, LEARNING_RATE)
+            share = reader(folder, world, size)
+            rows = []
+            for step in range(20):
+                result = train_step(running, optimizer, share.at(step), TOKENS, CLIP, world)
+                rows.append([float(world.sum(result.loss_sum.double())) / TOKENS, float(result.grad_norm)])
+            found[f"{strategy}-{size}-{dtype}-{precision}"] = rows
+    return found
 
 
 def reductions(world: World, folder: Path) -> Any:
     """All-reduces in each of three updates of three micro-steps or so, and DDP's number of buckets."""
     model = small_model(n_embd=144)  # more than the first bucket's 1 MiB
-    running = parallelize(model, world, PLAIN)
-    if not isinstance(running, DistributedDataParallel):
-        return None
+    running = parallelize(model, world, execution(world, "ddp"))
+    assert isinstance(running.module, DistributedDataParallel)
     counted = [0]
 
     def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP reads annotations, and refuses their names as text
         counted[0] += 1
         return allreduce_hook(None, bucket)  # type: ignore[arg-type]
 
-    running.register_comm_hook(None, hook)
+    running.module.register_comm_hook(None, hook)
     plan = BatchPlan(3 * world.size, 1, world.size)
-    reader = ShuffledReader(stream(folder, 999), N_VOCAB, SEQ_LEN, 0, plan, world.rank)
-    optimizer = torch.optim.SGD(running.parameters(), lr=0.0, fused=True)
-    warm_up(running, reader.at(0), world)
+    share = ShuffledReader(stream(folder, 999), N_VOCAB, SEQ_LEN, 0, plan, world.rank)
+    optimizer = build_optimizer(model, OptimizerConfig())  # of learning rate 0
+    warm_up(running, share.at(0), world)
     per_update = []
     for step in range(3):
         counted[0] = 0
-        train_step(running, optimizer, reader.at(step), plan.sequences * SEQ_LEN, 1.0, world)
+        train_step(running, optimizer, share.at(step), plan.sequences * SEQ_LEN, 1.0, world)
         per_update.append(counted[0])
-    sizes = running._get_ddp_logging_data()["rebuilt_bucket_sizes"]
+    sizes = running.module._get_ddp_logging_data()["rebuilt_bucket_sizes"]
     return {"per_update": per_update, "buckets": len(str(sizes).split(",")), "micro_steps": plan.micro_steps}
+
+
+def exchanges(world: World, folder: Path) -> Any:
+    """Collectives of one FSDP update of four micro-steps, by name, for each way to exchange and to gather."""
+    found = {}
+    for reduce_each in (False, True):
+        for reshard in (False, True):
+            how = execution(world, "fsdp", reduce_each=reduce_each, reshard_after_forward=reshard)
+            model = small_model()
+            running = parallelize(model, world, how)
+            optimizer = build_optimizer(model, OptimizerConfig())  # of learning rate 0
+            plan = BatchPlan(4 * world.size, 1, world.size)
+            share = ShuffledReader(stream(folder, 999), N_VOCAB, SEQ_LEN, 0, plan, world.rank)
+            warm_up(running, share.at(0), world)
+            with profile(activities=[ProfilerActivity.CPU]) as seen:
+                train_step(running, optimizer, share.at(0), plan.sequences * SEQ_LEN, 1.0, world)
+            counts = {event.key: event.count for event in seen.key_averages() if event.key.startswith("c10d::")}
+            found[f"{reduce_each}-{reshard}"] = counts
+    return found
+
+
+def held(world: World, folder: Path) -> Any:
+    """Bytes this rank holds between steps, and a hash of the initial weights made from a meta-device model."""
+    found = {}
+    for strategy in strategies(world.size):
+        with torch.device("meta"):
+            model = small_model()
+        running = parallelize(model, world, execution(world, strategy))
+        digest = hashlib.sha256(b"".join(whole(p).tobytes() for p in model.parameters())).hexdigest()
+        optimizer = build_optimizer(model, OptimizerConfig())
+        train_step(running, optimizer, reader(folder, world, 8).at(0), TOKENS, 1.0, world)
+
+        def nbytes(tensor: torch.Tensor | None) -> int:
+            assert tensor is not None
+            return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+
+        parameters = list(model.parameters())
+        found[strategy] = {
+            "initial": digest,
+            "weights": sum(nbytes(p) for p in parameters),
+            "gradients": sum(nbytes(p.grad) for p in parameters),
+            "moments": sum(nbytes(v) for state in optimizer.state.values() for k, v in state.items() if k != "step"),
+        }
+    return found
 
 
 def evaluation(world: World, folder: Path) -> Any:
     """Score of a ragged stream, for batch sizes that fit and do not."""
-    model = small_model(257)
-    parallelize(model, world, PLAIN)
-    held_out = stream(folder, 1003, 257)
-    tokenizer = load_tokenizer("bytes")
-    scores = [evaluate(model, held_out, tokenizer, SEQ_LEN, size, world).results() for size in (1, 5, 64)]
-    limited = evaluate(model, held_out, tokenizer, SEQ_LEN, 5, world, max_tokens=100)
-    return {"scores": scores, "limited": limited.tokens, "training": model.training}
+    found: dict[str, Any] = {}
+    for strategy in strategies(world.size):
+        model = small_model(257)
+        parallelize(model, world, execution(world, strategy))
+        held_out = stream(folder, 1003, 257)
+        tokenizer = load_tokenizer("bytes")
+        scores = [evaluate(model, held_out, tokenizer, SEQ_LEN, size, world).results() for size in (1, 5, 64)]
+        limited = evaluate(model, held_out, tokenizer, SEQ_LEN, 5, world, max_tokens=100)
+        found[strategy] = {"scores": scores, "limited": limited.tokens, "training": model.training}
+    return found
 
 
 def nan_gradient(world: World, folder: Path) -> Any:
     """A gradient that is NaN on the last rank alone: weights before and after the update, then after a sound one."""
-    model = small_model()
-    running = parallelize(model, world, PLAIN)
-    optimizer = build_optimizer(model, OptimizerConfig())
-    set_learning_rate(optimizer, 1e-2)
-    plan = BatchPlan(SEQUENCES, 8, world.size)
-    reader = ShuffledReader(stream(folder, 999), N_VOCAB, SEQ_LEN, 0, plan, world.rank)
+    found = {}
+    for strategy in strategies(world.size):
+        model = small_model()
+        running = parallelize(model, world, execution(world, strategy))
+        optimizer = build_optimizer(model, OptimizerConfig())
+        set_learning_rate(optimizer, 1e-2)
+        share = reader(folder, world, 8)
+        weights = []
+        for step in range(3):
+            spoil = step == 1 and world.rank == world.size - 1
+            handle = model.final_norm.register_forward_hook(lambda *seen: seen[2] * float("nan")) if spoil else None
+            train_step(running, optimizer, share.at(step), TOKENS, 1.0, world)
+            if handle is not None:
+                handle.remove()
+            weights.append(float(sum(whole(p).astype(np.float64).sum() for p in model.parameters())))
+        found[strategy] = dict(zip(("before", "after", "later"), weights, strict=True))
+    return found
 
-    def weights() -> float:
-        return float(sum(p.double().sum() for p in model.parameters()))
 
-    train_step(running, optimizer, reader.at(0), SEQUENCES * SEQ_LEN, 1.0, world)
-    before = weights()
-    parameter = model.final_norm.weight
-    assert isinstance(parameter, nn.Parameter)
-    handle = parameter.register_hook(lambda g: g * float("nan") if world.rank == world.size - 1 else g)
-    train_step(running, optimizer, reader.at(1), SEQUENCES * SEQ_LEN, 1.0, world)
-    after = weights()
-    handle.remove()
-    train_step(running, optimizer, reader.at(2), SEQUENCES * SEQ_LEN, 1.0, world)
-    return {"before": before, "after": after, "later": weights()}
+def saved(world: World, folder: Path) -> Any:
+    """After a step under one strategy, save, load under another, and take a second step: weights, hashed."""
+    found = {}
+    for first in strategies(world.size):
+        for second in strategies(world.size):
+            output_dir = folder / f"saved-{first}-{second}"
+            for strategy, steps in ((first, (0,)), (second, (1,))):
+                model = small_model()
+                running = parallelize(model, world, execution(world, strategy))
+                optimizer = build_optimizer(model, OptimizerConfig())
+                if steps == (1,):
+                    found_at = Checkpoint(output_dir / "checkpoints/step-00000001", 1, {})
+                    checkpoint.load(found_at, model, optimizer, world)
+                set_learning_rate(optimizer, LEARNING_RATE)
+                for step in steps:
+                    train_step(running, optimizer, reader(folder, world, 8).at(step), TOKENS, CLIP, world)
+                if steps == (0,):
+                    checkpoint.save(output_dir, 1, model, optimizer, {}, 1, world)
+            absolute = sum(np.abs(whole(p).astype(np.float64)).sum() for p in model.parameters())
+            found[f"{first}-{second}"] = float(absolute)
+            tokenizer = load_tokenizer("bytes")
+            checkpoint.save_trained(output_dir, model, tokenizer, world)
+            world.gather(None)
+            weights = load_file(output_dir / checkpoint.WEIGHTS)
+            found[f"{first}-{second} trained"] = float(sum(w.double().abs().sum() for w in weights.values()))
+    return found
 
 
 def agreement(world: World, folder: Path) -> Any:
@@ -159,7 +325,20 @@ def dropout(world: World, folder: Path) -> Any:
     return drawn
 
 
-CASES: list[Callable[[World, Path], Any]] = [gradients, reductions, evaluation, nan_gradient, agreement, dropout]
+CASES: list[Callable[[World, Path], Any]] = [
+    gradients,
+    documents,
+    recomputation,
+    curves,
+    reductions,
+    exchanges,
+    held,
+    evaluation,
+    nan_gradient,
+    saved,
+    agreement,
+    dropout,
+]
 
 
 def results(ranks: int) -> tuple[dict[str, list[Any]], Path]:

@@ -129,7 +129,7 @@ def test_a_trained_model_comes_back_without_its_padding(output_dir: Path) -> Non
     assert all("module" not in name and "_orig" not in name for name in raw)
     model, tokenizer, config = checkpoint.load_trained(output_dir)
     assert tokenizer.n_vocab == 257 and config.seq_len == 32
-    for name, tensor in model.trained_weights().items():
+    for name, tensor in model.without_padding(model.state_dict()).items():
         assert torch.equal(tensor, raw[name])
     assert (model.token_embedding.weight[257:] == 0).all()
 
@@ -137,7 +137,7 @@ def test_a_trained_model_comes_back_without_its_padding(output_dir: Path) -> Non
 def test_weights_of_another_shape_are_refused_by_name() -> None:
     small, large = DecoderLM(11, 8, 2, 4, 1), DecoderLM(11, 16, 2, 4, 1)
     with pytest.raises(ValueError, match=r"attention\.out\.bias: \(16,\) torch\.float32, expected \(8,\)"):
-        small.load_trained_weights(large.trained_weights())
+        small.load_trained_weights(large.without_padding(large.state_dict()))
 
 
 def test_a_folder_that_holds_no_model_says_what_it_holds(output_dir: Path, tmp_path: Path) -> None:

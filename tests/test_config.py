@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from distgpt import config as configs
-from distgpt.config import BatchPlan, Config
+from distgpt.config import Config
 from distgpt.errors import ConfigError
+from distgpt.plan import BatchPlan
 from distgpt.source import dotted
 from tests.conftest import REPO, Run, environment
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from distgpt import data
-from distgpt.config import BatchPlan
 from distgpt.data import ShuffledReader, held_out_batches, permute
 from distgpt.errors import DataError
 from distgpt.loss import IGNORED
+from distgpt.plan import BatchPlan
 from distgpt.shards import TokenArray, open_tokens
 from tests.conftest import Run
 

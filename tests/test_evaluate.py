@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from distgpt import train
 from distgpt.checkpoint import load_trained
 from tests.conftest import Run
-from tests.ranks import SEQ_LEN, results, small_model, stream
+from tests.ranks import SEQ_LEN, results, small_model, strategies, stream
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -27,7 +27,8 @@ def test_the_score_does_not_depend_on_ranks_or_batch(ranks: int, tmp_path: Path)
             window = tokens[start : start + SEQ_LEN + 1]
             total += float(F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="sum"))
     found, _ = results(ranks)
-    for seen in found["evaluation"]:
+    assert len(found["evaluation"][0]) == len(strategies(ranks))
+    for seen in (seen for row in found["evaluation"] for seen in row.values()):
         for score in seen["scores"]:
             assert score["tokens"] == 1002
             assert score["val-loss"] == pytest.approx(total / 1002, rel=1e-6)

@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from distgpt.config import BatchPlan, OptimizerConfig
+from distgpt.config import OptimizerConfig
 from distgpt.data import ShuffledReader
 from distgpt.generate import next_token_probabilities
 from distgpt.loss import plain_loss
 from distgpt.model import DecoderLM
 from distgpt.optim import build_optimizer, learning_rate, set_learning_rate
+from distgpt.parallel import Running
+from distgpt.plan import BatchPlan, Layout
 from distgpt.shards import open_tokens
 from distgpt.step import train_step
 from distgpt.world import World
 
-ALONE = World(rank=0, size=1, device=torch.device("cpu"), threads=1)
+ALONE = World(rank=0, size=1, local_size=1, device=torch.device("cpu"), threads=1)
 
 
 def test_the_learning_rate_schedule() -> None:
@@ -53,10 +55,11 @@ def train_on(stream: np.ndarray, folder: Path, steps: int) -> list[float]:
     """Losses of the exercise's small model on a stream of tokens below 8."""
     np.save(folder / "stream.npy", stream.astype(np.uint16))
     model = DecoderLM(n_vocab=8, n_embd=16, n_head=8, n_positions=16, n_layer=2)
+    running = Running(model, Layout())
     optimizer = build_optimizer(model, OptimizerConfig())
     set_learning_rate(optimizer, 5e-4)
     reader = ShuffledReader(open_tokens(folder / "stream.npy")["tokens"], 8, 16, 0, BatchPlan(8, 8, 1), 0)
-    results = [train_step(model, optimizer, reader.at(step), 8 * 16, 1.0, ALONE) for step in range(steps)]
+    results = [train_step(running, optimizer, reader.at(step), 8 * 16, 1.0, ALONE) for step in range(steps)]
     return [float(result.loss_sum) / (8 * 16) for result in results]
 
 

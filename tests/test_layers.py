@@ -14,7 +14,7 @@ ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__ini
 
 ROWS = [
     {"errors"},
-    {"source", "tokenizer", "shards", "loss"},
+    {"source", "tokenizer", "shards", "loss", "documents", "plan"},
     {"config"},
     {"corpus", "world", "model", "optim"},
     {"data", "parallel", "checkpoint", "metrics"},
@@ -27,7 +27,7 @@ MAY_NAME = {
     "torch.distributed": {"world", "parallel", "checkpoint"},
     "os.environ": {"__init__", "errors", "world"},
 }
-TORCH_FREE = {"errors", "source", "config", "tokenizer", "shards", "corpus", "check"}
+TORCH_FREE = {"errors", "source", "plan", "config", "tokenizer", "shards", "corpus", "check"}
 
 
 def tree(room: str) -> ast.Module:

@@ -18,11 +18,16 @@ SIZES = ModelConfig(n_embd=24, n_head=3, n_positions=20, n_layer=2)
 N_VOCAB = 101
 
 
-def model(seed: int = 1, p_dropout: float = 0.0) -> DecoderLM:
-    built = DecoderLM(N_VOCAB, SIZES.n_embd, SIZES.n_head, SIZES.n_positions, SIZES.n_layer, p_dropout, seed)
+def model(seed: int = 1, p_dropout: float = 0.0, end_of_text: int | None = None) -> DecoderLM:
+    sizes = SIZES.n_embd, SIZES.n_head, SIZES.n_positions, SIZES.n_layer
+    built = DecoderLM(N_VOCAB, *sizes, p_dropout, seed, end_of_text)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():  # weights that matter: at initialisation, all logits are nearly alike
         for parameter in built.parameters():
-            parameter.mul_(8) if parameter.ndim == 2 else parameter.add_(0.1 * torch.randn(parameter.shape))
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+            else:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return built
 
 
@@ -110,8 +115,8 @@ def test_reading_with_a_cache_is_reading_at_once() -> None:
 @pytest.mark.parametrize("n_vocab", [64, 101, 50257])
 def test_parameters_are_counted_in_closed_form(n_vocab: int) -> None:
     m = DecoderLM(n_vocab, SIZES.n_embd, SIZES.n_head, SIZES.n_positions, SIZES.n_layer)
-    trained = sum(weight.numel() for weight in m.trained_weights().values())
-    assert trained == SIZES.parameters(n_vocab)
+    trained = sum(weight.numel() for weight in m.without_padding(m.state_dict()).values())
+    assert trained == SIZES.sizes(n_vocab).parameters
     padding = (len(m.token_embedding.weight) - n_vocab) * SIZES.n_embd
     assert sum(p.numel() for p in m.parameters()) == trained + padding
     assert len(m.token_embedding.weight) % 64 == 0
@@ -124,12 +129,12 @@ def test_flops_are_those_that_torch_counts() -> None:
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:
         m(batch, targets_BT=batch).backward()
-    assert counter.get_total_flops() == 3 * T * sizes.flops_per_token(n_vocab, T)
+    assert counter.get_total_flops() == 3 * T * sizes.sizes(n_vocab).flops_per_token(T)
 
 
 def test_gpt_tiny_costs_what_the_exercise_says() -> None:
     sizes = ModelConfig(n_embd=32, n_head=2, n_positions=128, n_layer=2)
-    assert sizes.flops_per_token(50257, 128) == 9_895_104
+    assert sizes.sizes(50257).flops_per_token(128) == 9_895_104
 
 
 def test_a_new_model_guesses_evenly() -> None:
@@ -146,7 +151,7 @@ def test_weights_start_as_gpt2s() -> None:
         elif "norm" in name:
             assert (parameter == 1).all()
         else:
-            trained = m.trained_weights()[name]
+            trained = m.without_padding(m.state_dict())[name]
             std = 0.02 / math.sqrt(16) if name.endswith(("out.weight", "mlp_down.weight")) else 0.02
             assert float(trained.std()) == pytest.approx(std, rel=0.05), name
             assert abs(float(trained.mean())) < std / 20, name

@@ -1,71 +1,20 @@
-"""The step computes one gradient, whatever the ranks and the accumulation."""
+"""What belongs to one step alone; that it computes one gradient on any layout is in test_parallel.py."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from distgpt.config import BatchPlan
-from distgpt.data import ShuffledReader
-from tests.ranks import N_VOCAB, SEQ_LEN, SEQUENCES, results, small_model, stream
-
-RANKS = [1, 2, 3, 4]
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-
-
-@pytest.fixture(scope="module", params=list(TOLERANCE), ids=str)
-def reference(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[torch.dtype, dict[str, np.ndarray], float]:
-    """Loss and gradients of step 5 by plain autograd over the whole batch, with none of the project's step."""
-    dtype = request.param
-    model = small_model().to(dtype)
-    reader = ShuffledReader(
-        stream(tmp_path_factory.mktemp("stream"), 999), N_VOCAB, SEQ_LEN, 0, BatchPlan(SEQUENCES, SEQUENCES, 1), 0
-    )
-    (batch,) = reader.at(5)
-    logits = model(batch.ids_BT)
-    loss = F.cross_entropy(logits.flatten(0, 1), batch.targets_BT.flatten())
-    loss.backward()
-    return dtype, {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}, loss.item()
-
-
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("batch_size", [8, 3, 1])
-def test_every_layout_gives_the_gradient_of_one_plain_batch(
-    reference: tuple[torch.dtype, dict[str, np.ndarray], float], ranks: int, batch_size: int
-) -> None:
-    dtype, expected, loss = reference
-    found, folder = results(ranks)
-    norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in expected.values()))
-    for rank in range(ranks):
-        row = found["gradients"][rank][f"{batch_size}-{dtype}"]
-        assert row["loss"] == pytest.approx(loss, rel=TOLERANCE[dtype])
-        assert row["norm"] == pytest.approx(norm, rel=TOLERANCE[dtype])
-        with np.load(folder / f"gradients-{batch_size}-{dtype}-{rank}.npz") as got:
-            assert set(got) == set(expected)
-            for name, gradient in expected.items():
-                scale = np.abs(gradient).max()
-                np.testing.assert_allclose(got[name], gradient, rtol=0, atol=TOLERANCE[dtype] * scale, err_msg=name)
-
-
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_one_all_reduce_per_bucket_and_update_however_many_micro_steps(ranks: int) -> None:
-    found, _ = results(ranks)
-    for counted in found["reductions"]:
-        assert counted["micro_steps"] == 3
-        assert counted["buckets"] > 1
-        assert counted["per_update"] == [counted["buckets"]] * 3
-
-
-@pytest.mark.parametrize("ranks", RANKS)
-def test_a_nan_gradient_on_one_rank_leaves_all_weights_as_they_are(ranks: int) -> None:
-    found, _ = results(ranks)
-    for seen in found["nan_gradient"]:
-        assert seen["after"] == seen["before"]
-        assert np.isfinite(seen["later"]) and seen["later"] != seen["before"]
+from distgpt.config import OptimizerConfig
+from distgpt.data import Batch
+from distgpt.loss import IGNORED
+from distgpt.optim import build_optimizer
+from distgpt.parallel import Running
+from distgpt.plan import Layout
+from distgpt.step import train_step
+from tests.ranks import N_VOCAB, SEQ_LEN, results, small_model
+from tests.test_exercise import ALONE
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
@@ -75,3 +24,23 @@ def test_dropout_differs_by_rank_and_step_and_repeats(ranks: int) -> None:
     assert len(set(firsts)) == ranks
     for first, second, again in found["dropout"]:
         assert first == again and first != second
+
+
+def test_micro_batches_of_unequal_token_counts_weigh_each_token_alike() -> None:
+    """17 targets in four micro-batches, one of which has none, against the mean over all of them at once."""
+    generator = torch.Generator().manual_seed(0)
+    ids_BT, targets_BT = torch.randint(N_VOCAB, (2, 7, SEQ_LEN), generator=generator)
+    real_BT = torch.zeros(7, SEQ_LEN, dtype=torch.bool)
+    for row, tokens in enumerate((1, 9, 0, 2, 5, 0, 0)):
+        real_BT[row, :tokens] = True
+    targets_BT[~real_BT] = IGNORED
+    expected = small_model().double()
+    loss = F.cross_entropy(expected(ids_BT).flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED)
+    loss.backward()
+    model = small_model().double()
+    batches = [Batch(ids_BT[rows], targets_BT[rows]) for rows in (slice(0, 2), slice(2, 4), slice(4, 5), slice(5, 7))]
+    optimizer = build_optimizer(model, OptimizerConfig())
+    result = train_step(Running(model, Layout()), optimizer, batches, 17, 1e9, ALONE)
+    assert float(result.loss_sum) / 17 == pytest.approx(loss.item(), rel=1e-12)
+    for ours, plain in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-10, atol=1e-14)

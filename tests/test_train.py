@@ -12,12 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from distgpt import checkpoint, train
 from distgpt import config as configs
+from distgpt.data import ShuffledReader
 from distgpt.errors import CheckpointError, ConfigError, DataError, NumericsError
+from distgpt.optim import build_optimizer
+from distgpt.plan import BatchPlan
+from distgpt.shards import open_tokens
+from distgpt.tokenizer import load_tokenizer
 from tests.conftest import Run, command, environment, read_metrics, training_curve
+from tests.test_exercise import ALONE
 
 PLAIN = ("precision=fp32", "compile=off")
 
@@ -46,7 +53,15 @@ def curves(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[str, 
     from tests.conftest import TINY
 
     found = {}
-    for name, ranks, extra in [("1", 1, ()), ("2", 2, ()), ("3", 3, ()), ("4", 4, ("batch_size=1",))]:
+    layouts: list[tuple[str, int, tuple[str, ...]]] = [
+        ("1", 1, ()),
+        ("2", 2, ()),
+        ("3", 3, ()),
+        ("4", 4, ("batch_size=1",)),
+        ("3 fsdp", 3, ("parallel.strategy=fsdp", "activation_checkpointing=selective")),
+        ("4 hsdp", 4, ("parallel.strategy=hsdp", "parallel.shard_ranks=2", "batch_size=1")),
+    ]
+    for name, ranks, extra in layouts:
         folder = tmp_path_factory.mktemp(f"ranks-{name}")
         (folder / "c.yaml").write_text(TINY.format(folder=folder, corpus=corpus))
         arguments = ["c.yaml", *PLAIN, "global_batch_size=8", "num_training_steps=40", *extra]
@@ -66,7 +81,7 @@ def curves(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[str, 
     return found
 
 
-@pytest.mark.parametrize("ranks", ["2", "3", "4"])
+@pytest.mark.parametrize("ranks", ["2", "3", "4", "3 fsdp", "4 hsdp"])
 def test_any_number_of_ranks_gives_the_same_curve(
     curves: dict[str, list[tuple[int, float, float]]], ranks: str
 ) -> None:
@@ -77,6 +92,23 @@ def test_any_number_of_ranks_gives_the_same_curve(
         np.testing.assert_allclose(ours[:, 1], alone[:, 1], atol=1e-5)
         if columns == 3:
             np.testing.assert_allclose(ours[:, 2], alone[:, 2], atol=1e-4)
+
+
+def test_the_loss_logged_is_the_loss_recomputed_from_scratch(config_file: Path, tmp_path: Path, run: Run) -> None:
+    """Logged on 3 ranks, sharded; recomputed in one process from the checkpoint before, by plain cross-entropy."""
+    done = run("train", config_file, *PLAIN, "parallel.strategy=fsdp", "batch_size=2", "global_batch_size=8", ranks=3)
+    assert done.returncode == 0, done.stderr
+    found, _ = checkpoint.newest(tmp_path / "run")
+    assert found is not None and found.step == 12
+    found = checkpoint.Checkpoint(found.path.with_name("step-00000008"), 8, {})
+    config, tokenizer = configs.load(config_file), load_tokenizer("bytes")
+    model = checkpoint.build_model(config, tokenizer).to_empty(device="cpu")
+    checkpoint.load(found, model, build_optimizer(model, config.optimizer), ALONE)
+    stream = open_tokens(str(config.data))["train"]
+    (batch,) = ShuffledReader(stream, 257, 32, config.seed, BatchPlan(8, 8, 1), 0).at(8)
+    loss = F.cross_entropy(model(batch.ids_BT).flatten(0, 1), batch.targets_BT.flatten())
+    logged = {step: loss for step, loss, _ in training_curve(tmp_path / "run")}
+    assert logged[9] == pytest.approx(loss.item(), rel=1e-6)
 
 
 def test_the_run_learns(curves: dict[str, list[tuple[int, float, float]]]) -> None:
@@ -124,11 +156,13 @@ def kill_at_step(arguments: list[str], ranks: int, folder: Path, step: int) -> N
     process.wait()
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_killed_and_started_again_it_ends_bit_for_bit_the_same(config_file: Path, tmp_path: Path, ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "strategy"), [(1, "auto"), (3, "auto"), (3, "fsdp")])
+def test_killed_and_started_again_it_ends_bit_for_bit_the_same(
+    config_file: Path, tmp_path: Path, ranks: int, strategy: str
+) -> None:
     """On default settings: bf16 where the processor has it, compiled (forced: so short a run would not be)."""
     edited(config_file, num_training_steps="120", log_every="1", checkpoint="{every: 10, keep: 2}")
-    common = ["tiny.yaml", "compile=on", "p_dropout=0.1"]
+    common = ["tiny.yaml", "compile=on", "p_dropout=0.1", f"parallel.strategy={strategy}"]
     whole = [*common, f"output_dir={tmp_path / 'a'}"]
     assert subprocess.run(command("train", whole, ranks), cwd=tmp_path, env=environment(), check=False).returncode == 0
     broken = [*common, f"output_dir={tmp_path / 'b'}"]
@@ -144,14 +178,28 @@ def test_killed_and_started_again_it_ends_bit_for_bit_the_same(config_file: Path
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
-def test_another_number_of_ranks_continues_the_same_run(config_file: Path, tmp_path: Path, run: Run) -> None:
-    assert run("train", config_file, *PLAIN).returncode == 0
-    whole = training_curve(tmp_path / "run")
-    for _, path in list(checkpoint.on_disk(tmp_path / "run"))[:]:
-        if not path.name.endswith("8"):
-            checkpoint.remove(path)
-    done = run("train", config_file, *PLAIN, ranks=3)
-    assert "going on after step 8" in done.stdout
+def test_other_numbers_of_ranks_and_strategies_continue_the_same_run(
+    config_file: Path, tmp_path: Path, run: Run
+) -> None:
+    assert (
+        run("train", config_file, *PLAIN, "num_training_steps=16", f"output_dir={tmp_path / 'whole'}").returncode == 0
+    )
+    for steps, ranks, strategy in ((4, 1, "none"), (8, 3, "fsdp"), (12, 2, "ddp"), (16, 1, "auto")):
+        done = run(
+            "train",
+            config_file,
+            *PLAIN,
+            "num_training_steps=16",
+            "checkpoint.keep=9",
+            f"parallel.strategy={strategy}",
+            ranks=ranks,
+        )
+        assert done.returncode == 0, done.stderr
+        assert (f"going on after step {steps - 4}" in done.stdout) == (steps > 4)
+        for step, path in list(checkpoint.on_disk(tmp_path / "run")):
+            if step > steps:
+                checkpoint.remove(path)
+    whole = training_curve(tmp_path / "whole")
     np.testing.assert_allclose(np.array(training_curve(tmp_path / "run")), np.array(whole), atol=1e-4)
 
 
@@ -181,7 +229,9 @@ def test_what_a_run_leaves_behind(config_file: Path, tmp_path: Path) -> None:
     assert results["val-perplexity"] == pytest.approx(np.exp(results["val-loss"]))
     assert results["val-bits-per-byte"] == pytest.approx(results["val-loss"] / np.log(2))  # a token is a byte
     rows = read_metrics(run_dir)
-    first = rows[0]
+    assert [r["step"] for r in rows if "peak-bytes" in r] == [0, 12]
+    assert all(10**8 < n_bytes < 10**10 for r in rows for n_bytes in r.get("peak-bytes", []))
+    first = rows[1]
     assert list(first) == [
         "step",
         "train-loss",
@@ -191,6 +241,7 @@ def test_what_a_run_leaves_behind(config_file: Path, tmp_path: Path) -> None:
         "tflops",
         "mfu",
         "tokens",
+        "skipped",
     ]
     assert (first["step"], first["learning-rate"], first["tokens"], first["mfu"]) == (1, 0.0, 256, None)
     assert [r["step"] for r in rows if "val-loss" in r] == [5, 10, 12]
@@ -220,7 +271,8 @@ def test_more_steps_go_on_and_say_so(config_file: Path, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("model_config.n_layer=1", "model_config: got "),
+        ("model_config.n_layer=1", "model_config.n_layer: got 1, but the run in"),
+        ("mask_documents=true", "mask_documents: got True, but the run in"),
         ("seed=1", "seed: got 1, but the run in"),
         ("max_lr=2e-3", "max_lr: got 0.002"),
         ("batch_size=4", "global_batch_size: got 4, but the run in"),
@@ -293,8 +345,12 @@ def test_nothing_is_started_over_when_no_checkpoint_is_sound(config_file: Path, 
 
 def test_gradients_that_are_no_numbers_end_the_run_and_spoil_nothing(config_file: Path, tmp_path: Path) -> None:
     # Decay of lr x 10 = 100 a step multiplies the weights by -99 until they overflow.
-    with pytest.raises(NumericsError, match="the last 10 gradients were not finite"):
+    message = r"step \d+: its gradient was not finite, nor any to step \d+ .*; it read sequences \d+, "
+    with pytest.raises(NumericsError, match=message) as raised:
         start(config_file, "max_lr=10", "optimizer.weight_decay=10", "num_training_steps=400", "checkpoint.every=1")
+    first = int(str(raised.value).split(":")[0].removeprefix("step "))
+    rows = [row for row in read_metrics(tmp_path / "run") if "skipped" in row]
+    assert [row["skipped"] for row in rows[-9:]] == list(range(1, 10)) and rows[-9]["step"] == first
     newest, rejected = checkpoint.newest(tmp_path / "run")
     assert newest is not None and not rejected
     weights = next(newest.path.glob("*.safetensors"))
