@@ -33,6 +33,8 @@ MAY_CHANGE = {
     "log_every",
     "eval",
     "checkpoint",
+    "max_minutes",
+    "hang_minutes",
     "wandb",
     "data",
 }
@@ -153,12 +155,12 @@ def main(arguments: Sequence[str]) -> None:
     """Check a config, its tokens and its output folder without starting the run."""
     parser = configs.config_parser("python -m distgpt.check", str(main.__doc__))
     parser.add_argument("--fresh", action="store_true", help="ignore an earlier run in output_dir")
-    parser.add_argument("--print-device", action="store_true", help="print the config's device, for scripts")
+    parser.add_argument("--for-launcher", action="store_true", help="print the device and the output folder only")
     options = parser.parse_intermixed_args(arguments)
     config = configs.load(options.config, options.overrides)
     start = check(config, options.fresh)
-    if options.print_device:
-        print(config.device)
+    if options.for_launcher:
+        print(f"{config.device}\n{config.output_dir}")
     else:
         print(f"{options.config}: sound; {len(start.tokens.train):,} training tokens in {start.tokens.path}")
 

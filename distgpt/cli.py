@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
+from distgpt import supervise
 from distgpt.errors import leave, run_command
 
 COMMANDS = {
@@ -28,4 +29,6 @@ def main() -> None:
         print(f"distgpt: error: got the command {name!r}, expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     del sys.argv[1]
+    if name == "train":
+        supervise.listen()  # before torch, which takes seconds to load
     leave(run_command(importlib.import_module(f"distgpt.{name}").main))

@@ -152,6 +152,10 @@ class Config:
     """Validation."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    max_minutes: Annotated[float, Strict(), Field(gt=0, le=10**6)] | None = None
+    """Stop by itself after so long, everything saved, as a signal would; the same command goes on."""
+    hang_minutes: Annotated[float, Strict(), Field(gt=0, le=10**6)] = 15.0
+    """Without a step or a validation batch for so long, the run counts as hung and ends (compilation included)."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases; auto: online if you are logged in, else disabled."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +36,13 @@ def evaluate(
     seq_len: int,
     batch_size: int,
     world: World,
+    progress: Callable[[], None] = lambda: None,
     max_tokens: int | None = None,
 ) -> Score:
-    """Score `model` on each target of a stream once, in windows of `seq_len`. Every rank calls and gets the total."""
+    """Score `model` on each target of a stream once, in windows of `seq_len`. Every rank calls and gets the total.
+
+    `progress` is called after each batch, equally often on every rank.
+    """
     training = model.training
     model.eval()
     sizes_V = torch.from_numpy(tokenizer.bytes_per_token())
@@ -51,6 +55,7 @@ def evaluate(
         loss_sum += model(on_device.ids_BT, targets_BT=on_device.targets_BT, documents=on_device.documents).item()
         real = batch.targets_BT[batch.targets_BT != IGNORED]
         counts += torch.stack([torch.tensor(real.numel()), sizes_V[real].sum()])
+        progress()
     model.train(training)
     targets, text_bytes = world.sum(counts).tolist()
     return Score(float(world.sum(loss_sum)) / targets, targets, text_bytes)

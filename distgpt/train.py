@@ -9,11 +9,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from distgpt import supervise
+
+if __name__ == "__main__":
+    supervise.listen()  # before torch, which takes seconds to load
 
 import torch
 
@@ -27,12 +32,13 @@ from distgpt.corpus import ORDER_VERSION, window_count
 from distgpt.data import ShuffledReader
 from distgpt.errors import NumericsError, leave, run_command
 from distgpt.evaluate import evaluate
-from distgpt.metrics import Log, device_name, open_log, peak_tflops
+from distgpt.metrics import Log, Score, device_name, open_log, peak_tflops
 from distgpt.model import DecoderLM
 from distgpt.optim import build_optimizer, learning_rate, set_learning_rate
 from distgpt.parallel import Execution, Running, decide, parallelize
 from distgpt.plan import BatchPlan, Layout, count
 from distgpt.step import seed_dropout, train_step, warm_up
+from distgpt.supervise import Stopped, Supervisor
 from distgpt.world import World
 
 MOST_SKIPPED = 10
@@ -54,27 +60,47 @@ class Run:
     first_step: int
 
 
-def train(config: Config, fresh: bool, world: World) -> None:
-    """Train until `num_training_steps`, from the newest checkpoint in `output_dir` if any. Every rank calls."""
+def train(config: Config, fresh: bool, world: World, supervisor: Supervisor) -> int:
+    """Train until `num_training_steps`, from the newest checkpoint in `output_dir` if any. Every rank calls.
+
+    Returns the exit code: 0, or that of a run that was told to stop.
+    """
     start = world.first_rank_first(lambda: check(config, fresh))
+    if start.results is None and world.first_rank_first(lambda: world.is_first and supervisor.take_lock()):
+        start = world.first_rank_first(lambda: check(config, fresh))  # the run that had the lock may have gone on
     world.check_same({"checkpoint": start.resume and start.resume.step, "tokens": start.tokens.fingerprint})
     if start.results is not None:
         show_results(config, start.results, world)
-        return
+        return 0
+    try:
+        run = build(config, start, world, supervisor)
+        score = partial(
+            evaluate, run.model, start.tokens.val, start.tokenizer, config.seq_len, config.batch_size, world
+        )
+        loop(config, run, score, world, supervisor)
+        finish(config, start, run, score, world, supervisor)
+    except Stopped as reason:
+        return supervisor.stopped(str(reason))
+    supervisor.status("finished", code=0)
+    return 0
 
-    run = build(config, start, world)
-    last_step, output_dir = config.num_training_steps, Path(config.output_dir)
+
+def loop(config: Config, run: Run, score: Callable[..., Score], world: World, supervisor: Supervisor) -> None:
+    """Update, log, validate and save until the last step. Raises Stopped, after saving, if told to stop."""
+    last_step, grad_clip = config.num_training_steps, config.optimizer.grad_clip
     schedule = (config.num_warmup_steps, last_step, config.min_lr, config.max_lr)
-    score = partial(evaluate, run.model, start.tokens.val, start.tokenizer, config.seq_len, config.batch_size, world)
     skipped = torch.tensor(run.state["skipped"], device=world.device)
+
+    def save(step: int) -> None:
+        state = run.state | {"skipped": skipped.tolist()}
+        checkpoint.save(Path(config.output_dir), step, run.model, run.optimizer, state, config.checkpoint.keep, world)
+        supervisor.saved_step = step
 
     for step, batches in enumerate(run.reader.steps(run.first_step, last_step, world.device), run.first_step + 1):
         rate = learning_rate(step - 1, *schedule)
         set_learning_rate(run.optimizer, rate)
         seed_dropout(config.seed, step, world.rank)
-        result = train_step(
-            run.running, run.optimizer, batches, config.tokens_per_step, config.optimizer.grad_clip, world
-        )
+        result = train_step(run.running, run.optimizer, batches, config.tokens_per_step, grad_clip, world)
         skipped = (skipped + result.skipped) * torch.stack([torch.ones_like(result.skipped), result.skipped])
         run.log.step_done(step)
         if due(step, config.log_every, last_step):
@@ -83,28 +109,44 @@ def train(config: Config, fresh: bool, world: World) -> None:
             check_numbers(run.reader, step, loss, in_a_row)
             run.log.step(step, loss, rate, float(result.grad_norm), in_all)
         if due(step, config.eval.every) and step < last_step:
-            run.log.evaluation(step, score(config.eval.max_tokens))
+            run.log.evaluation(step, score(supervisor.progress, config.eval.max_tokens))
         if due(step, config.checkpoint.every, last_step):
-            state = run.state | {"skipped": skipped.tolist()}
-            checkpoint.save(output_dir, step, run.model, run.optimizer, state, config.checkpoint.keep, world)
+            save(step)
             run.log.restart_clock()
+        try:
+            supervisor.obey(step)
+        except Stopped:
+            if supervisor.saved_step < step:
+                save(step)
+            raise
 
+
+def finish(
+    config: Config, start: Start, run: Run, score: Callable[..., Score], world: World, supervisor: Supervisor
+) -> None:
+    """Score the model on all validation tokens and write what using it needs. Every rank calls."""
+    last_step, output_dir = config.num_training_steps, Path(config.output_dir)
     run.log.memory(last_step, world.gather(world.peak_bytes))
-    final = score()
+    final = score(partial(supervisor.obey, last_step))
     run.log.evaluation(last_step, final)
     results = {"step": last_step} | final.results()
-    write_results(output_dir, run.model, start, results, world)
+    checkpoint.save_trained(output_dir, run.model, start.tokenizer, world)
+    if world.is_first:  # last: where there is an eval.json, the run is finished
+        checkpoint.replace_durably(output_dir / "eval.json", (json.dumps(results, indent=2) + "\n").encode())
     run.log.say(f"{json.dumps(results)}\nfinished: model.safetensors, eval.json and metrics.jsonl are in {output_dir}")
     run.log.close()
 
 
-def build(config: Config, start: Start, world: World) -> Run:
+def build(config: Config, start: Start, world: World, supervisor: Supervisor) -> Run:
     """Build the run, restore its checkpoint if there is one, show what is about to happen, and compile."""
     n_vocab = start.tokenizer.n_vocab
     first_step = start.resume.step if start.resume else 0
     plan = config.batch_plan(world.size)
     execution = decide(config, n_vocab, world, earlier_execution(start.resume, config))
     state = run_state(config, start, execution)
+    supervisor.step = supervisor.saved_step = first_step
+    supervisor.status("running")
+    supervisor.obey(first_step)
     model = checkpoint.build_model(config, start.tokenizer)
     running = parallelize(model, world, execution)
     optimizer = build_optimizer(model, config.optimizer)
@@ -123,6 +165,7 @@ def build(config: Config, start: Start, world: World) -> Run:
         checkpoint.load(start.resume, model, optimizer, world)
     stream = start.tokens.train, n_vocab, config.seq_len, config.seed
     reader = ShuffledReader(*stream, plan, world.rank, model.end_of_text)
+    supervisor.obey(first_step)
     if execution.compile:
         log.say("compiling: up to half a minute the first time")
     warm_up(running, [batch.to(world.device) for batch in reader.at(first_step)], world)
@@ -211,16 +254,6 @@ def check_numbers(reader: ShuffledReader, step: int, loss: float, skipped_in_a_r
         )
 
 
-def write_results(output_dir: Path, model: DecoderLM, start: Start, results: dict[str, Any], world: World) -> None:
-    """Write the trained model and, last, its score: where there is an eval.json, the run is finished.
-
-    Every rank calls.
-    """
-    checkpoint.save_trained(output_dir, model, start.tokenizer, world)
-    if world.is_first:
-        checkpoint.replace_durably(output_dir / "eval.json", (json.dumps(results, indent=2) + "\n").encode())
-
-
 def show_results(config: Config, results: dict[str, Any], world: World) -> None:
     """Say that there is nothing left to do."""
     if world.is_first:
@@ -228,7 +261,7 @@ def show_results(config: Config, results: dict[str, Any], world: World) -> None:
         print("more num_training_steps go on from here; --fresh starts over")
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> int:
     """Train the model that a config describes, or continue its run."""
     parser = configs.config_parser("python -m distgpt.train", str(main.__doc__))
     parser.add_argument("--fresh", action="store_true", help="delete the run in output_dir and start over")
@@ -237,8 +270,10 @@ def main(arguments: Sequence[str]) -> None:
     config = configs.load(options.config, options.overrides)
     world = worlds.start(config.device)
     world.check_same(dataclasses.asdict(config) | {"--fresh": options.fresh, "torch version": torch.__version__})
-    train(config, options.fresh, world)
+    with Supervisor(Path(config.output_dir), config.max_minutes, 60 * config.hang_minutes, world) as supervisor:
+        code = train(config, options.fresh, world, supervisor)
     world.close()
+    return code
 
 
 if __name__ == "__main__":

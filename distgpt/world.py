@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from distgpt import errors
@@ -28,7 +30,7 @@ from distgpt.errors import ConfigError, MachineError, UserError
 
 T = TypeVar("T")
 
-__all__ = ["World", "is_interactive", "keep_freed_memory", "record", "start", "wandb_logged_in"]
+__all__ = ["Peers", "Vote", "World", "is_interactive", "keep_freed_memory", "record", "start", "wandb_logged_in"]
 
 MOST_THREADS = 4096
 """A larger OMP_NUM_THREADS is taken for a mistake and ignored."""
@@ -131,12 +133,76 @@ class World:
                     everywhere=True,
                 )
 
+    def open_vote(self) -> Vote:
+        """A vote among all ranks. Every rank calls."""
+        return Vote(self.size)
+
+    def open_peers(self) -> Peers | None:
+        """What ranks tell of themselves; None for a process by itself. Every rank calls."""
+        if self.size == 1:
+            return None
+        peers = Peers(self.rank, self.size)
+        self.gather(None)  # all have told something
+        return peers
+
     def close(self) -> None:
         """Leave the process group in step with the other ranks. Every rank calls, with nothing left that uses it."""
         if self.grouped:
             gc.collect()
             dist.barrier()
             dist.destroy_process_group()
+
+
+class Vote:
+    """The largest of all ranks' numbers, on a group of its own: asked for by one call and told by the next.
+
+    So the exchange overlaps with the work between two calls, and nothing waits for a device.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.group = dist.new_group(backend="gloo") if size > 1 else None
+        self.pending: tuple[dist.Work, Tensor] | None = None
+
+    def __call__(self, mine: int) -> int:
+        """Every rank calls, equally often; all get the same answer."""
+        if self.group is None:
+            return mine
+        agreed = 0
+        if self.pending is not None:
+            work, number = self.pending
+            work.wait()
+            agreed = int(number)
+        number = torch.tensor([mine])
+        work = dist.all_reduce(number, dist.ReduceOp.MAX, self.group, async_op=True)
+        self.pending = work, number
+        return agreed
+
+
+class Peers:
+    """A board on torchrun's key-value store, where each rank gives signs of life that the others read when in doubt."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # A connection of its own: one that waits for a collective's peers would keep us waiting too.
+        self.store = TCPStore(host, port, is_master=False, wait_for_workers=False)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.keys = {other: f"distgpt/{attempt}/{other}" for other in range(size)}
+        self.rank = rank
+        self.seen: dict[int, tuple[str, float]] = {}
+        self.tell("here")
+
+    def tell(self, text: str) -> None:
+        """Write what the others read of this rank."""
+        self.store.set(self.keys[self.rank], text)
+
+    def read(self) -> dict[int, tuple[str, float]]:
+        """What every other rank last told, and for how many seconds, as far as we looked, it has told the same."""
+        others = [rank for rank in self.keys if rank != self.rank]
+        now = time.monotonic()
+        for rank, raw in zip(others, self.store.multi_get([self.keys[rank] for rank in others]), strict=True):
+            if self.seen.get(rank, ("", 0.0))[0] != raw.decode():
+                self.seen[rank] = raw.decode(), now
+        return {rank: (text, now - since) for rank, (text, since) in self.seen.items()}
 
 
 def start(device: str) -> World:

@@ -2,7 +2,7 @@
 # Train on this machine: one rank per GPU, or one process on the CPU.
 #   ./launch/run.sh configs/GPT-tiny.yaml [key=value ...] [--fresh]
 #   NPROC=4 ./launch/run.sh ...    picks the number of ranks
-# Exit codes of mistakes found before the start: 2 config, 3 data, 4 checkpoint, 6 environment.
+# Exit codes: 0 finished, 75 stopped and saved (SIGTERM, SIGINT, SIGUSR1, SIGUSR2, max_minutes), else README's table.
 set -euo pipefail
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 bash "$launch/setup.sh"
@@ -17,7 +17,8 @@ if [ $# = 0 ]; then
 fi
 
 # One process finds every mistake that can be found without a model, before several ranks would repeat it.
-device=$("$bin/python" -m distgpt.check --print-device "$@")
+found=$("$bin/python" -m distgpt.check --for-launcher "$@")
+device=${found%%$'\n'*} output_dir=${found#*$'\n'}
 
 gpus=0
 case $device in
@@ -34,4 +35,15 @@ case $ranks in
 esac
 cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
-exec "$bin/torchrun" --standalone --nproc_per_node="$ranks" -m distgpt.train "$@"
+signals=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 # torchrun hands these to the ranks
+"$bin/torchrun" --standalone --nproc_per_node="$ranks" --signals-to-handle="$signals" -m distgpt.train "$@" &
+torchrun=$!
+for signal in TERM USR1 USR2; do trap "kill -$signal $torchrun" "$signal"; done
+if [ -t 0 ]; then trap : INT; else trap 'kill -INT $torchrun' INT; fi # a terminal sends Ctrl-C to all by itself
+code=0
+wait "$torchrun" || code=$?
+while kill -0 "$torchrun" 2>/dev/null; do # a signal ends `wait`, not torchrun
+  wait "$torchrun" || code=$?
+done
+# torchrun makes 1 of every code but 0; the ranks have left theirs in status.json.
+exec "$bin/python" -m distgpt.supervise "$output_dir" "$torchrun" "$code"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,27 @@ def test_a_run_starts_with_one_command(config_file: Path, tmp_path: Path, ranks:
     assert f"device  {ranks} x " in done.stdout
     assert "OMP_NUM_THREADS" not in done.stderr  # torchrun's warning: the script has set it
     assert read_metrics(tmp_path / "run")[-1]["step"] == 12
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_run_that_is_told_to_stop_exits_75(config_file: Path, tmp_path: Path, ranks: str) -> None:
+    inherited = {name: value for name, value in environment(NPROC=ranks).items() if name != "PYTHONPATH"}
+    process = subprocess.Popen(
+        [str(RUN), str(config_file), "precision=fp32", "compile=off", "num_training_steps=1000000"],
+        cwd=tmp_path,
+        env=inherited,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not ((tmp_path / "run" / "metrics.jsonl").exists() and len(read_metrics(tmp_path / "run")) > 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 75
+    assert process.stderr is not None and "(SIGUSR1), everything saved" in process.stderr.read()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ ROWS = [
     {"source", "tokenizer", "shards", "loss", "documents", "plan"},
     {"config"},
     {"corpus", "world", "model", "optim"},
-    {"data", "parallel", "checkpoint", "metrics"},
+    {"data", "parallel", "checkpoint", "metrics", "supervise"},
     {"check", "step", "evaluate"},
     {"train", "generate", "cli"},
 ]
@@ -27,7 +27,7 @@ MAY_NAME = {
     "torch.distributed": {"world", "parallel", "checkpoint"},
     "os.environ": {"__init__", "errors", "world"},
 }
-TORCH_FREE = {"errors", "source", "plan", "config", "tokenizer", "shards", "corpus", "check"}
+TORCH_FREE = {"errors", "source", "plan", "config", "tokenizer", "shards", "corpus", "check", "supervise"}
 
 
 def tree(room: str) -> ast.Module:

@@ -222,6 +222,8 @@ def test_what_a_run_leaves_behind(config_file: Path, tmp_path: Path) -> None:
         "metrics.jsonl",
         "model.safetensors",
         "tokenizer",
+        ".lock",
+        "status.json",
     }
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
     results = json.loads((run_dir / "eval.json").read_text())

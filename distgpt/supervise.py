@@ -1,0 +1,282 @@
+"""What may end a run: signals, the time limit, a lost peer, a hang; the lock on the output folder; `status.json`.
+
+Imports no torch, which takes seconds to load: signals are heard before it is.
+"""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TextIO
+
+from distgpt.errors import MachineError, leave, run_command
+
+if TYPE_CHECKING:
+    from distgpt.world import World
+
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+REASONS = ("", "time limit", *SIGNALS)
+"""What ranks vote on, by number: the largest wins."""
+
+STOPPED, PEER_LOST = 75, 76
+"""Exit codes: stopped with everything saved; another process of the run was lost or hung. The same command goes on."""
+
+ECHO_SECONDS = 0.5
+"""torchrun repeats to its workers what a terminal has sent to all of them: that is not a second signal."""
+
+BEAT_SECONDS = 0.5
+LOST_SECONDS = 2.0
+"""Without a sign of life, a rank counts as lost when something else says so too, such as a failed collective."""
+
+SILENT_SECONDS = 4.0
+"""The same when all that says so is a signal, which may have come from the user."""
+
+LOCK_SECONDS = 8
+"""How long to wait for the lock: workers of a launcher that was killed notice within 5 s."""
+
+
+FAILED, LEAVING = "failed:", "leaving"
+"""What a rank that ends tells the others: because of an error of its own, or because of another rank."""
+
+
+class Stopped(Exception):  # noqa: N818 - it is no error
+    """All ranks have agreed to end the run here; the text says why."""
+
+
+heard: list[tuple[float, str]] = []
+"""Signals so far: when, and which."""
+
+
+def listen() -> None:
+    """Hear signals from now on instead of dying of them; a second one ends this process at once. Main thread only.
+
+    A thread reads them as the operating system delivers them, since Python's own handlers would wait until the main
+    thread comes back from whatever it computes.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    for name in SIGNALS:
+        signal.signal(getattr(signal, name), lambda *_: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=hear, args=(reader,), name="signals", daemon=True).start()
+
+
+def hear(reader: int) -> None:
+    """Note signals as they come."""
+    while raw := os.read(reader, 1):
+        name, now = signal.Signals(raw[0]).name, time.monotonic()
+        if name not in SIGNALS or (heard and now - heard[0][0] < ECHO_SECONDS):
+            continue
+        heard.append((now, name))
+        if len(heard) > 1:
+            say(f"distgpt: {name} again: leaving at once; the run goes on from its last checkpoint")
+            os._exit(128 + raw[0])
+
+
+def say(text: str) -> None:
+    """Print a line on stderr, wherever it goes."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        pass
+
+
+def summary(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+class Supervisor:
+    """Watches over a run on this rank, from the lock to the last line. Every rank makes one and calls alike."""
+
+    def __init__(self, output_dir: Path, max_minutes: float | None, hang_seconds: float, world: World) -> None:
+        self.output_dir, self.world, self.hang_seconds = output_dir, world, hang_seconds
+        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
+        self.step, self.saved_step = 0, 0
+        self.progressed, self.progressed_at = 0, time.monotonic()
+        self.lock: TextIO | None = None
+        self.vote = world.open_vote()
+        self.peers = world.open_peers()
+        self.closed = threading.Event()
+        self.launcher = os.getppid()
+        self.beats = 0
+        threading.Thread(target=self.watch, name="supervisor", daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Stop watching and give the lock back. After an error, find out whether it is another rank's, or tell ours."""
+        if error is not None and self.peers is not None and not getattr(error, "everywhere", False):
+            try:
+                if lost := self.lost_peers(LOST_SECONDS):
+                    self.leave(" and ".join(lost))
+                self.peers.tell(f"{FAILED} {summary(error)}")
+            except RuntimeError as unreachable:
+                self.leave(f"the launcher's store does not answer ({summary(unreachable)})", tell=False)
+        if error is not None:
+            self.status("failed", summary(error), getattr(error, "exit_code", 1))
+        self.closed.set()
+        if self.lock is not None:
+            self.lock.close()
+            self.lock = None
+
+    def take_lock(self) -> bool:
+        """Own the output folder until this process ends; whether that took a wait for another. Rank 0 calls.
+
+        Raises MachineError if another run keeps it.
+        """
+        waited = False
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        path = self.output_dir / ".lock"
+        file = path.open("a+", encoding="utf-8")
+        until = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > until:
+                    owner = path.read_text(encoding="utf-8").strip() or "another process"
+                    raise MachineError(
+                        f"output_dir: {self.output_dir} is in use by {owner}; stop that run, or choose another folder",
+                        everywhere=True,
+                    ) from None
+                waited = True
+                time.sleep(0.2)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now()}\n")
+        file.flush()
+        self.lock = file
+        return waited
+
+    def progress(self) -> None:
+        """Note that the run is getting on."""
+        self.progressed, self.progressed_at = self.progressed + 1, time.monotonic()
+
+    def obey(self, step: int) -> None:
+        """Raise Stopped, on all ranks at the same call, if any of them has been told to stop. Every rank calls."""
+        self.step = step
+        self.progress()
+        mine = REASONS.index(heard[0][1]) if heard else int(time.monotonic() > self.deadline)
+        if reason := REASONS[self.vote(mine)]:
+            raise Stopped(reason)
+
+    def status(self, state: str, reason: str = "", code: int | None = None) -> None:
+        """Write `status.json`, on the rank that holds the lock."""
+        if self.lock is not None:
+            write_status(self.output_dir, {"state": state, "step": self.step, "reason": reason, "code": code})
+
+    def stopped(self, reason: str) -> int:
+        """Report the end of a run that was told to stop, everything saved; returns its exit code.
+
+        Under torchrun that is 0, since it would start again what ends with anything else; `status.json` holds 75.
+        """
+        self.status("stopped", reason, STOPPED)
+        if self.world.is_first:
+            say(f"distgpt: stopped after step {self.step} ({reason}), everything saved; the same command goes on")
+        return 0 if self.world.grouped else STOPPED
+
+    def beat(self) -> None:
+        """Give a sign of life; leave if torchrun has not."""
+        if self.world.grouped and os.getppid() != self.launcher:
+            self.leave(f"the launcher (process {self.launcher}) is gone", tell=False)
+        if self.peers is not None:
+            self.beats += 1
+            self.peers.tell(f"{self.progressed}.{self.beats}")
+
+    def lost_peers(self, silence: float) -> list[str]:
+        """Ranks that have failed or give no sign of life for so many seconds; looks for a little longer than that."""
+        until = time.monotonic() + silence + 2 * BEAT_SECONDS
+        while self.peers is not None and time.monotonic() < until:
+            self.beat()
+            told = self.peers.read()
+            if failed := [f"rank {rank} {text}" for rank, (text, _) in told.items() if text.startswith(FAILED)]:
+                return failed
+            silent = [rank for rank, (text, seconds) in told.items() if seconds > silence and text != LEAVING]
+            if silent:
+                return [f"rank {rank} is lost: it gives no sign of life" for rank in silent]
+            time.sleep(BEAT_SECONDS / 2)
+        return []
+
+    def behind(self) -> list[str]:
+        """Ranks that have made fewer steps and batches than others."""
+        if self.peers is None:
+            return []
+        counts = {self.world.rank: self.progressed}
+        told = {rank: text.partition(".")[0] for rank, (text, _) in self.peers.read().items()}
+        counts |= {rank: int(number) for rank, number in told.items() if number.isdecimal()}
+        least, most = min(counts.values()), max(counts.values())
+        return [f"rank {rank} is behind" for rank, count in counts.items() if count == least < most]
+
+    def watch(self) -> None:
+        """Give signs of life, and look for those of the others and of the launcher, until closed."""
+        while not self.closed.wait(BEAT_SECONDS):
+            try:
+                self.beat()
+                if heard and (lost := self.lost_peers(SILENT_SECONDS)):  # torchrun stops the others when one has died
+                    self.leave(" and ".join(lost))
+                if time.monotonic() - self.progressed_at > self.hang_seconds:
+                    self.report_hang()
+            except RuntimeError as error:  # of the store, which the launcher keeps
+                if not self.closed.is_set():
+                    self.leave(f"the launcher's store does not answer ({summary(error)})", tell=False)
+
+    def report_hang(self) -> NoReturn:
+        """Write what every thread is doing, find who is stuck, and leave."""
+        with (self.output_dir / f"stacks-rank-{self.world.rank}.txt").open("w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        found = self.lost_peers(LOST_SECONDS) or self.behind()
+        where = f"{self.output_dir}/stacks-rank-*.txt tell what each rank was doing"
+        self.leave("; ".join([f"no progress for {self.hang_seconds:g} s", *found, where]))
+
+    def leave(self, reason: str, tell: bool = True) -> NoReturn:
+        """End this process because the run cannot go on around it; `tell` the others, if the launcher is there."""
+        if self.peers is not None and tell:
+            self.peers.tell(LEAVING)
+        self.status("failed", reason, PEER_LOST)
+        saved = f"checkpoint of step {self.saved_step}" if self.saved_step else "beginning"
+        say(
+            f"distgpt: error: rank {self.world.rank}, step {self.step}: {reason}; "
+            f"the same command goes on from the {saved}"
+        )
+        os._exit(PEER_LOST)
+
+
+def now() -> str:
+    """The date and time, in UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def write_status(output_dir: Path, status: dict[str, Any]) -> None:
+    """Replace `status.json`: state (running, finished, stopped or failed), step, reason, exit code, and who says so."""
+    process = {"pid": os.getpid(), "launcher": os.getppid(), "host": socket.gethostname(), "at": now()}
+    partial = output_dir / ".status.json.partial"
+    partial.write_text(json.dumps(status | process) + "\n", encoding="utf-8")
+    partial.replace(output_dir / "status.json")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """For run.sh: the exit code of the ranks that process LAUNCHER started, else CODE. OUTPUT_DIR LAUNCHER CODE."""
+    output_dir, launcher, code = arguments
+    try:
+        status = json.loads((Path(output_dir) / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return int(code)
+    if status.get("launcher") != int(launcher) or status.get("code") is None:
+        return int(code)
+    return int(status["code"])
+
+
+if __name__ == "__main__":
+    leave(run_command(main))
