@@ -17,7 +17,7 @@ from distgpt.checkpoint import Checkpoint
 from distgpt.config import Config
 from distgpt.corpus import ORDER_VERSION, Tokens, open_corpus
 from distgpt.errors import CheckpointError, ConfigError, DataError, MachineError, leave, run_command
-from distgpt.tokenizer import Tokenizer, load_tokenizer
+from distgpt.tokenizer import Tokenizer, load_saved, load_tokenizer
 
 MAY_CHANGE = {
     "output_dir",
@@ -50,12 +50,16 @@ class Start:
     resume: Checkpoint | None
     results: dict[str, Any] | None
     """eval.json of a run that is finished already."""
+    source: Path | None
+    """Folder of a finished run whose weights a new run begins with."""
     notes: list[str]
     """What the user should know before the run begins, a line each."""
 
 
-def check(config: Config, fresh: bool) -> Start:
+def check(config: Config, fresh: bool, source: Path | None = None) -> Start:
     """Check all that a run needs and find where it begins. `fresh` ignores what is in the output folder.
+
+    A run that has a checkpoint goes on from it; only a new one begins with the weights of the run in `source`.
 
     Raises a UserError; writes nothing but the sample corpus where it is needed (or a compressed .npz, unpacked).
     """
@@ -81,12 +85,25 @@ def check(config: Config, fresh: bool) -> Start:
         if every > config.num_training_steps
     )
     if found is None:
-        return Start(tokenizer, tokens, None, None, notes)
+        if source is not None:
+            check_source(source, tokenizer)
+        return Start(tokenizer, tokens, None, None, source, notes)
     refuse_changes(config, tokenizer, tokens, found)
     notes.extend(
         f"{key} is now {new} (was {old})" for key, (new, old) in changes(config, found).items() if key != "output_dir"
     )
-    return Start(tokenizer, tokens, found, finished_results(output_dir, found.step, config), notes)
+    return Start(tokenizer, tokens, found, finished_results(output_dir, found.step, config), None, notes)
+
+
+def check_source(source: Path, tokenizer: Tokenizer) -> None:
+    """Raise CheckpointError unless `source` holds a finished run, ConfigError if its tokens are others."""
+    checkpoint.check_trained(source)
+    theirs = load_saved(source / checkpoint.TOKENIZER)
+    if theirs.fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"tokenizer_encoding: got tokens of {tokenizer.fingerprint}, but {source} was trained on tokens of "
+            f"{theirs.fingerprint}; use its encoding"
+        )
 
 
 def check_output_dir(output_dir: Path) -> None:
@@ -155,10 +172,11 @@ def main(arguments: Sequence[str]) -> None:
     """Check a config, its tokens and its output folder without starting the run."""
     parser = configs.config_parser("python -m distgpt.check", str(main.__doc__))
     parser.add_argument("--fresh", action="store_true", help="ignore an earlier run in output_dir")
+    parser.add_argument("--from", dest="source", metavar="RUN", help="a finished run to begin with")
     parser.add_argument("--for-launcher", action="store_true", help="print the device and the output folder only")
     options = parser.parse_intermixed_args(arguments)
     config = configs.load(options.config, options.overrides)
-    start = check(config, options.fresh)
+    start = check(config, options.fresh, options.source and Path(options.source))
     if options.for_launcher:
         print(f"{config.device}\n{config.output_dir}")
     else:

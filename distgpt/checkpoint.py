@@ -243,30 +243,60 @@ def save_trained(output_dir: Path, model: DecoderLM, tokenizer: Tokenizer, world
 
 def load_trained(output_dir: Path) -> tuple[DecoderLM, Tokenizer, configs.Config]:
     """A finished run's model (on the CPU, in evaluation mode), tokenizer and config. Raises CheckpointError."""
-    import safetensors.torch
-    from safetensors import SafetensorError
+    import torch
 
-    if not (output_dir / WEIGHTS).is_file():
-        known = f"{output_dir} holds an unfinished run: run the same training command again to finish it"
-        unknown = (
-            f"{output_dir} holds no trained model: give the output_dir of a finished run, such as outputs/GPT-tiny"
-        )
-        raise CheckpointError(known if any(on_disk(output_dir)) else unknown)
+    check_trained(output_dir)
     try:
         config = configs.load(output_dir / "config.yaml")
     except ConfigError as error:
         raise CheckpointError(f"{error}; restore {output_dir / 'config.yaml'} or train again") from None
     tokenizer = load_saved(output_dir / TOKENIZER)
     model = build_model(config, tokenizer).to_empty(device="cpu")
-    try:
-        model.load_trained_weights(safetensors.torch.load_file(output_dir / WEIGHTS))
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{output_dir / WEIGHTS}: does not load ({error}); train again or restore it") from None
-    spoiled = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
-    if spoiled:
-        raise CheckpointError(f"{output_dir / WEIGHTS}: {spoiled[0]} holds NaN or infinity; train again or restore it")
+    with torch.no_grad():
+        for parameter, values in trained_weights(output_dir, model):
+            parameter.copy_(values)
     model.eval()
     return model, tokenizer, config
+
+
+def check_trained(output_dir: Path) -> None:
+    """Raise CheckpointError unless a folder holds a finished run's model."""
+    if not (output_dir / WEIGHTS).is_file():
+        known = f"{output_dir} holds an unfinished run: run the same training command again to finish it"
+        unknown = (
+            f"{output_dir} holds no trained model: give the output_dir of a finished run, such as outputs/GPT-tiny"
+        )
+        raise CheckpointError(known if any(on_disk(output_dir)) else unknown)
+
+
+def trained_weights(output_dir: Path, model: DecoderLM) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each of the model's parameters with a finished run's weights for it, padding rows 0, one at a time.
+
+    Raises CheckpointError naming the first tensors that do not fit.
+    """
+    from safetensors import SafetensorError, safe_open
+    from torch.nn import functional as F
+
+    path = output_dir / WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            found = {name: (*part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+            expected = {name: (*shape, "F32") for name, shape in model.shapes_without_padding().items()}
+            wrong = [
+                f"{name}: {found.get(name, 'absent')}, expected {expected.get(name, 'no such tensor')}"
+                for name in sorted(found.keys() | expected.keys())
+                if found.get(name) != expected.get(name)
+            ]
+            if wrong:
+                raise CheckpointError(f"{path}: {'; '.join(wrong[:3])}; give the config it was trained with")
+            for name, parameter in model.named_parameters():
+                values = file.get_tensor(name)
+                if not values.isfinite().all():
+                    raise CheckpointError(f"{path}: {name} holds NaN or infinity; train again or restore it")
+                yield parameter, F.pad(values, (0, 0, 0, len(parameter) - len(values))) if values.ndim > 1 else values
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: does not load ({error}); train again or restore it") from None
 
 
 def build_model(config: configs.Config, tokenizer: Tokenizer) -> DecoderLM:

@@ -169,7 +169,9 @@ class DecoderLM(nn.Module):
         self.final_norm = Norm(n_embd)
         self.head = Head(n_vocab)
         if not self.token_embedding.weight.is_meta:
-            self.init_weights()
+            with torch.no_grad():
+                for parameter, values in self.initial_weights():
+                    parameter.copy_(values)
 
     def forward(
         self,
@@ -227,26 +229,10 @@ class DecoderLM(nn.Module):
         """The weights (a whole state_dict of this model) without the padding rows of the vocabulary."""
         return weights | {TOKEN_ROWS: weights[TOKEN_ROWS][: self.n_vocab]}
 
-    def load_trained_weights(self, weights: dict[str, Tensor]) -> None:
-        """Take over weights without padding. Raises ValueError naming the first tensors that do not fit."""
-        own = self.without_padding(self.state_dict())
-        wrong = [
-            f"{name}: {describe_tensor(weights.get(name))}, expected {describe_tensor(own.get(name))}"
-            for name in sorted(own.keys() | weights.keys())
-            if describe_tensor(weights.get(name)) != describe_tensor(own.get(name))
-        ]
-        if wrong:
-            raise ValueError("; ".join(wrong[:3]))
-        with torch.no_grad():
-            self.token_embedding.weight[self.n_vocab :] = 0.0
-            for name, tensor in own.items():  # views of the parameters
-                tensor.copy_(weights[name])
-
-    def init_weights(self) -> None:
-        """Give every parameter its initial weights."""
-        with torch.no_grad():
-            for parameter, values in self.initial_weights():
-                parameter.copy_(values)
+    def shapes_without_padding(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter as a finished run stores it: without padding rows."""
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
+        return shapes | {TOKEN_ROWS: (self.n_vocab, *shapes[TOKEN_ROWS][1:])}
 
     def initial_weights(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Every parameter with GPT-2's initial weights for it (Radford et al. 2019, section 2.3), one at a time.
@@ -267,8 +253,3 @@ class DecoderLM(nn.Module):
                 if name == TOKEN_ROWS:
                     values[self.n_vocab :] = 0.0
                 yield parameter, values
-
-
-def describe_tensor(tensor: Tensor | None) -> str:
-    """Shape and dtype, or `absent`."""
-    return "absent" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"

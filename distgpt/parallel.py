@@ -6,7 +6,7 @@ Every rank calls every function here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +31,9 @@ COMPILE_PAYS_SECONDS = 60
 
 EAGER_FLOPS = {"cpu": 5e10, "cuda": 2e12}
 """What small models reach without compilation, in FLOP/s: GPT-tiny on two CPU cores, and on an A10G."""
+
+Weights = Iterable[tuple[nn.Parameter, Tensor]]
+"""Parameters, each with its whole values on the CPU."""
 
 aten = torch.ops.aten
 SAVED_WHEN_SELECTIVE = [
@@ -196,10 +199,11 @@ class Running:
         return norm
 
 
-def parallelize(model: DecoderLM, world: World, execution: Execution) -> Running:
+def parallelize(model: DecoderLM, world: World, execution: Execution, weights: Weights | None = None) -> Running:
     """Make the model ready to train, in place: parameters keep their names.
 
-    A model on the meta device gets its initial weights here, each rank only its share: no rank ever holds the whole.
+    A model on the meta device gets its weights here, by default its initial ones, each rank only its share: no rank
+    ever holds the whole.
     """
     layout = execution.layout
     torch.set_float32_matmul_precision("high" if execution.precision == "tf32" else "highest")
@@ -213,7 +217,7 @@ def parallelize(model: DecoderLM, world: World, execution: Execution) -> Running
         shard(model, world, layout)
     if model.token_embedding.weight.is_meta:
         model.to_empty(device=world.device)
-        init_weights(model, world.device)
+        fill(model.initial_weights() if weights is None else weights, world.device)
     else:
         model.to(world.device)
     if layout.strategy == "ddp":
@@ -264,9 +268,9 @@ def shard(model: DecoderLM, world: World, layout: Layout) -> None:
 
 
 @torch.no_grad()
-def init_weights(model: DecoderLM, device: torch.device) -> None:
-    """Give every parameter, or this rank's shard of it, its initial weights; one whole parameter at a time."""
-    for parameter, values in model.initial_weights():
+def fill(weights: Weights, device: torch.device) -> None:
+    """Give every parameter, or this rank's shard of it, its values; one whole parameter at a time."""
+    for parameter, values in weights:
         if isinstance(parameter, DTensor):
             placement = parameter.device_mesh, parameter.placements
             parameter.copy_(distribute_tensor(values.to(device), *placement, src_data_rank=None))

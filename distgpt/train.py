@@ -60,14 +60,17 @@ class Run:
     first_step: int
 
 
-def train(config: Config, fresh: bool, world: World, supervisor: Supervisor) -> int:
+def train(config: Config, fresh: bool, source: Path | None, world: World, supervisor: Supervisor) -> int:
     """Train until `num_training_steps`, from the newest checkpoint in `output_dir` if any. Every rank calls.
 
+    A new run begins with the weights of the finished run in `source`, if given, else with initial ones.
     Returns the exit code: 0, or that of a run that was told to stop.
     """
-    start = world.first_rank_first(lambda: check(config, fresh))
-    if start.results is None and world.first_rank_first(lambda: world.is_first and supervisor.take_lock()):
-        start = world.first_rank_first(lambda: check(config, fresh))  # the run that had the lock may have gone on
+    start = world.first_rank_first(lambda: check(config, fresh, source))
+    if start.results is None:
+        waited = world.first_rank_first(lambda: world.is_first and supervisor.take_lock())
+        if world.from_first(waited):  # the run that had the lock may have gone on
+            start = world.first_rank_first(lambda: check(config, fresh, source))
     world.check_same({"checkpoint": start.resume and start.resume.step, "tokens": start.tokens.fingerprint})
     if start.results is not None:
         show_results(config, start.results, world)
@@ -148,7 +151,8 @@ def build(config: Config, start: Start, world: World, supervisor: Supervisor) ->
     supervisor.status("running")
     supervisor.obey(first_step)
     model = checkpoint.build_model(config, start.tokenizer)
-    running = parallelize(model, world, execution)
+    weights = None if start.source is None else checkpoint.trained_weights(start.source, model)
+    running = parallelize(model, world, execution, weights)
     optimizer = build_optimizer(model, config.optimizer)
     if world.is_first:
         prepare_output_dir(Path(config.output_dir), config, anew=start.resume is None)
@@ -234,6 +238,8 @@ def card(config: Config, start: Start, execution: Execution, plan: BatchPlan, wo
         + f", torch {torch.__version__}",
         "output": f"{config.output_dir} (the same command continues a stopped run)",
     }
+    if start.source:
+        lines["from"] = f"{start.source}: beginning with its weights"
     if start.resume:
         lines["resume"] = f"{start.resume.path}: going on after step {start.resume.step:,}"
     notes = [f"note    {note}" for note in start.notes]
@@ -265,13 +271,16 @@ def main(arguments: Sequence[str]) -> int:
     """Train the model that a config describes, or continue its run."""
     parser = configs.config_parser("python -m distgpt.train", str(main.__doc__))
     parser.add_argument("--fresh", action="store_true", help="delete the run in output_dir and start over")
+    parser.add_argument("--from", dest="source", metavar="RUN", help="begin with a finished run's weights")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     options = parser.parse_intermixed_args(arguments)
     config = configs.load(options.config, options.overrides)
     world = worlds.start(config.device)
-    world.check_same(dataclasses.asdict(config) | {"--fresh": options.fresh, "torch version": torch.__version__})
+    settings = {"--fresh": options.fresh, "--from": options.source, "torch version": torch.__version__}
+    world.check_same(dataclasses.asdict(config) | settings)
+    source = Path(options.source) if options.source else None
     with Supervisor(Path(config.output_dir), config.max_minutes, 60 * config.hang_minutes, world) as supervisor:
-        code = train(config, options.fresh, world, supervisor)
+        code = train(config, options.fresh, source, world, supervisor)
     world.close()
     return code
 

@@ -134,10 +134,11 @@ def test_a_trained_model_comes_back_without_its_padding(output_dir: Path) -> Non
     assert (model.token_embedding.weight[257:] == 0).all()
 
 
-def test_weights_of_another_shape_are_refused_by_name() -> None:
-    small, large = DecoderLM(11, 8, 2, 4, 1), DecoderLM(11, 16, 2, 4, 1)
-    with pytest.raises(ValueError, match=r"attention\.out\.bias: \(16,\) torch\.float32, expected \(8,\)"):
-        small.load_trained_weights(large.without_padding(large.state_dict()))
+def test_weights_of_another_shape_are_refused_by_name(output_dir: Path) -> None:
+    other = DecoderLM(257, 16, 4, 32, 2)
+    message = r"blocks\.0\.attention\.out\.bias: \(32, 'F32'\), expected \(16, 'F32'\)"
+    with pytest.raises(CheckpointError, match=message):
+        next(checkpoint.trained_weights(output_dir, other))
 
 
 def test_a_folder_that_holds_no_model_says_what_it_holds(output_dir: Path, tmp_path: Path) -> None:

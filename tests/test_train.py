@@ -304,6 +304,30 @@ def test_what_moves_no_result_may_change(config_file: Path, tmp_path: Path) -> N
     assert [step for step, _, _ in training_curve(tmp_path / "run")][-2:] == [12, 14]
 
 
+def test_another_run_begins_with_a_finished_runs_weights(
+    config_file: Path, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(config_file)
+    finished = tmp_path / "run"
+    val_loss = json.loads((finished / "eval.json").read_text())["val-loss"]
+    capsys.readouterr()
+    arguments = ["num_training_steps=1", "num_warmup_steps=1", "seed=5", "--from", str(finished)]  # the rate is 0
+    start(config_file, f"output_dir={tmp_path / 'tuned'}", *arguments)
+    assert f"from    {finished}: beginning with its weights" in capsys.readouterr().out
+    assert json.loads((tmp_path / "tuned" / "eval.json").read_text())["val-loss"] == val_loss
+    sharded = (f"output_dir={tmp_path / 'sharded'}", "parallel.strategy=fsdp", *arguments)
+    assert run("train", config_file, *PLAIN, *sharded, ranks=3).returncode == 0
+    assert (tmp_path / "sharded" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match=r"token_embedding\.weight|attention"):
+        start(config_file, f"output_dir={tmp_path / 'other'}", "model_config.n_embd=64", *arguments)
+    with pytest.raises(CheckpointError, match="holds no trained model"):
+        start(config_file, f"output_dir={tmp_path / 'other'}", "--from", str(tmp_path))
+    start(
+        config_file, f"output_dir={tmp_path / 'tuned'}", *arguments[1:], "num_training_steps=3"
+    )  # goes on from its own
+    assert [step for step, _, _ in training_curve(tmp_path / "tuned")] == [1, 2, 3]
+
+
 def test_fresh_starts_over_and_touches_only_its_own(config_file: Path, tmp_path: Path) -> None:
     start(config_file)
     curve = training_curve(tmp_path / "run")
