@@ -1,6 +1,7 @@
 """Loss and gradient norm of GPT-tiny's first steps on any number of ranks, in fp32 or fp64, to compare layouts.
 
-`python bench/drift.py 130 fp64 one.json`, `torchrun --nproc_per_node=4 bench/drift.py 130 fp64 four.json`, then
+`python bench/drift.py 130 fp64 one.json`, `torchrun --nproc_per_node=4 bench/drift.py 130 fp64 four.json [key=value]`
+(such as parallel.strategy=fsdp), then
 `python bench/drift.py one.json four.json` prints the largest relative differences and their steps.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -32,9 +34,9 @@ def compare(first: str, second: str) -> None:
         print(f"{name}: {worst[0]:.2e} at step {worst[1]} of {len(pairs)}")
 
 
-def run(steps: int, dtype: torch.dtype, output: Path) -> None:
+def run(steps: int, dtype: torch.dtype, output: Path, overrides: list[str]) -> None:
     """Train and write [loss, gradient norm] of each step."""
-    config = configs.load("configs/GPT-tiny.yaml", ["output_dir=/tmp/distgpt-drift", "precision=fp32", "device=cpu"])
+    config = configs.load("configs/GPT-tiny.yaml", [f"output_dir={tempfile.mkdtemp()}", "device=cpu", *overrides])
     world = worlds.start("cpu")
     start = world.first_rank_first(lambda: check(config, fresh=True))
     model = checkpoint.build_model(config, start.tokenizer).to(dtype)
@@ -59,5 +61,6 @@ if __name__ == "__main__":
     if len(sys.argv) == 3:
         compare(*sys.argv[1:])
     else:
-        run(int(sys.argv[1]), {"fp32": torch.float32, "fp64": torch.float64}[sys.argv[2]], Path(sys.argv[3]))
+        dtype = {"fp32": torch.float32, "fp64": torch.float64}[sys.argv[2]]
+        run(int(sys.argv[1]), dtype, Path(sys.argv[3]), sys.argv[4:])
         leave(0)

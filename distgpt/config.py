@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from distgpt.errors import ConfigError, Parser, leave, run_command
-from distgpt.plan import BatchPlan, Layout, Sizes, count, layouts, table
+from distgpt.plan import BatchPlan, Layout, Sizes, Work, count, layouts, table
 from distgpt.source import CONSTANTS, NUMBER, YAML_1_1_BOOLEANS, Key, Source, dotted, read_source
 
 Text = Annotated[str, Strict(), Field(min_length=1, max_length=4096)]
@@ -88,7 +88,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, config=SETTINGS)
 class ParallelConfig:
-    """How the model is spread over ranks: speed and memory, never the result."""
+    """How the model is spread over ranks: speed and memory, never (but for rounding) the result."""
 
     strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
     """none: one rank; ddp: a whole model on each; fsdp: a part of it; auto: none, else ddp while it fits, else fsdp."""
@@ -172,6 +172,10 @@ class Config:
     def batch_plan(self, ranks: int) -> BatchPlan:
         """How `ranks` share an update."""
         return BatchPlan(self.sequences_per_step, self.batch_size, ranks)
+
+    def work(self, n_vocab: int, ranks: int, precision: str) -> Work:
+        """What a step computes, for the plan on paper."""
+        return Work(self.model_config.sizes(n_vocab), self.batch_plan(ranks), self.seq_len, precision == "bf16")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -411,29 +415,32 @@ def main(arguments: Sequence[str]) -> None:
         print(f"# {equation}")
 
 
+PLANNED_MACHINE = 8
+"""Ranks of a machine, where a plan has to assume their number (for hsdp without shard_ranks)."""
+
+
 def plan_on_paper(config: Config, ranks: int, device_bytes: float) -> str:
     """What the config needs of each rank under every strategy that `ranks` can run. `auto` precision counts as bf16."""
     from distgpt.tokenizer import load_tokenizer
 
-    sizes = config.model_config.sizes(load_tokenizer(config.tokenizer_encoding).n_vocab)
-    parallel, plan = config.parallel, config.batch_plan(ranks)
+    parallel, precision = config.parallel, "bf16" if config.precision == "auto" else config.precision
     if parallel.shard_ranks and ranks % parallel.shard_ranks:
         raise ConfigError(
             f"parallel.shard_ranks: got {parallel.shard_ranks} with {ranks} ranks, expected a divisor of {ranks}; "
             "change it, or --ranks"
         )
+    work = config.work(load_tokenizer(config.tokenizer_encoding).n_vocab, ranks, precision)
     template = Layout(
-        reshard_after_forward=parallel.reshard_after_forward,
-        reduce_each=parallel.reduce_gradients == "each",
-        activation_checkpointing=config.activation_checkpointing,
-        bf16=config.precision in ("auto", "bf16"),
+        reshard_after_forward=parallel.reshard_after_forward, activation_checkpointing=config.activation_checkpointing
     )
-    flops = sizes.flops_per_token(config.seq_len)
-    precision = "bf16" if template.bf16 else "fp32"
+    columns = layouts(ranks, parallel.shard_ranks or PLANNED_MACHINE, template)
+    flops = work.sizes.flops_per_token(config.seq_len)
+    not_counted = [key for key in ("p_dropout", "mask_documents") if getattr(config, key)]
     return (
-        f"{count(sizes.parameters, 'parameter')}, {flops:.3g} FLOPs a token, {flops * config.tokens_per_step:.3g} a "
-        f"step; {precision}, activation_checkpointing {config.activation_checkpointing}\n"
-        + table(sizes, layouts(ranks, parallel.shard_ranks, template), plan, config.seq_len, device_bytes)
+        f"{count(work.sizes.parameters, 'parameter')}, {flops:.3g} FLOPs a token, {flops * config.tokens_per_step:.3g} "
+        f"a step; {precision}, activation_checkpointing {config.activation_checkpointing}\n"
+        + table(work, columns, parallel.reduce_gradients, device_bytes)
+        + "".join(f"\nnot counted: what {key} adds to the activations" for key in not_counted)
     )
 
 

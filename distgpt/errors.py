@@ -1,6 +1,7 @@
 """What ends a command early: the errors a user can cause, their exit codes, and one line instead of a traceback.
 
-Exit codes: 0 done, 1 a bug of ours, 2 config, 3 data, 4 checkpoint, 5 numerics, 6 environment, 130 interrupted.
+Exit codes: 0 done, 1 a bug of ours, 2 config, 3 data, 4 checkpoint, 5 numerics, 6 environment, 130 interrupted;
+`supervise` adds 75 stopped and saved, 76 another process lost.
 """
 
 from __future__ import annotations
@@ -75,33 +76,37 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> int:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         return main([argument for argument in arguments if argument != "--debug"]) or 0
-    except UserError as error:
-        if debug:
-            raise
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
-        if first or not error.everywhere:
-            rank = "" if first else f"rank {os.environ.get('RANK', '?')}: "
-            print("\n".join(f"distgpt: error: {rank}{line}" for line in str(error).splitlines()), file=sys.stderr)
-        return error.exit_code
     except BrokenPipeError:
         sys.stdout = None  # the reader has gone (`| head`): nothing to flush
         return 0
-    except OSError as error:
-        if debug or error.strerror is None:
+    except Exception as error:
+        found = None if debug else diagnose(error)
+        if found is None:
             raise
-        place = error.filename or "a file or stream"
-        print(f"distgpt: error: {place}: {error.strerror}; mend that and run the same command again", file=sys.stderr)
-        return MachineError.exit_code
-    except (MemoryError, RuntimeError) as error:  # torch's errors of this kind are RuntimeErrors
-        if debug or not (isinstance(error, MemoryError) or "memory" in str(error)):
-            raise
-        reason = (str(error).splitlines() or ["out of memory"])[0]
-        print(f"distgpt: error: {reason}; lower batch_size (the result stays the same) or the model", file=sys.stderr)
-        return MachineError.exit_code
+        code, text = found
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if first or not getattr(error, "everywhere", False):
+            rank = "" if first else f"rank {os.environ.get('RANK', '?')}: "
+            print("\n".join(f"distgpt: error: {rank}{line}" for line in text.splitlines()), file=sys.stderr)
+        return code
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("distgpt: interrupted; a training run goes on from its last checkpoint", file=sys.stderr)
         return 130
+
+
+def diagnose(error: BaseException) -> tuple[int, str] | None:
+    """Exit code and text, a line a problem, of an error that is no bug of ours; None for one that is."""
+    if isinstance(error, UserError):
+        return error.exit_code, str(error)
+    if isinstance(error, OSError) and error.strerror is not None:
+        place = error.filename or "a file or stream"
+        return MachineError.exit_code, f"{place}: {error.strerror}; mend that and run the same command again"
+    out_of_memory = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
+    if out_of_memory:  # torch's errors of this kind are RuntimeErrors
+        reason = (str(error).splitlines() or ["out of memory"])[0]
+        return MachineError.exit_code, f"{reason}; lower batch_size (the result stays the same) or the model"
+    return None
 
 
 def leave(code: int | None) -> None:

@@ -131,9 +131,13 @@ def read_prefixes(path: Path) -> list[str]:
     return prefixes
 
 
-def encode_prompts(texts: Sequence[str], tokenizer: Tokenizer, n_positions: int) -> list[list[int]]:
-    """Prompts as ids; an empty one starts from end-of-text, as documents do. Raises ConfigError for one too long."""
-    prompts = [tokenizer.encode(text) or [tokenizer.end_of_text] for text in texts]
+def encode_prompts(texts: Sequence[str], tokenizer: Tokenizer, n_positions: int, masked: bool) -> list[list[int]]:
+    """Prompts as ids. Raises ConfigError for one too long.
+
+    Documents begin with end-of-text: so does an empty prompt, and every one where training masked documents.
+    """
+    start = [tokenizer.end_of_text]
+    prompts = [(start if masked else []) + tokenizer.encode(text) or start for text in texts]
     for text, prompt in zip(texts, prompts, strict=True):
         if len(prompt) >= n_positions:
             raise ConfigError(
@@ -177,7 +181,7 @@ def main(arguments: Sequence[str]) -> None:
     run = Path(options.run)
     texts = options.prompt or read_prefixes(Path(options.prefixes))
     model, tokenizer, _ = load_trained(run)
-    prompts = encode_prompts(texts, tokenizer, model.n_positions)
+    prompts = encode_prompts(texts, tokenizer, model.n_positions, model.end_of_text is not None)
     model.to(worlds.choose_device(options.device, 0, 1))
     sampling = Sampling(options.temperature, options.top_k, options.seed)
     generators = generators_of(prompts, options.seed)

@@ -153,11 +153,12 @@ class Log:
             self.bar.set_postfix_str(numbers)
         self.restart_clock()
 
-    def memory(self, step: int, peak_bytes: list[int]) -> None:
+    def memory(self, step: int, peak_bytes: list[int | None]) -> None:
         """Show and record the most memory that each rank has used so far (tensors on a GPU, else what is resident)."""
         self.record({"step": step, "peak-bytes": peak_bytes})
-        least, most = (f"{n_bytes / 1e9:.2f}" for n_bytes in (min(peak_bytes), max(peak_bytes)))
-        self.say(f"memory  {most if least == most else f'{least} to {most}'} GB at most on each rank so far")
+        known = sorted(n_bytes for n_bytes in peak_bytes if n_bytes is not None)
+        ends = dict.fromkeys(f"{n_bytes / 1e9:.2f} GB" for n_bytes in (known[:1] + known[-1:]))
+        self.say(f"memory  {' to '.join(ends) or 'n/a'} at most on each rank so far")
         self.restart_clock()
 
     def evaluation(self, step: int, score: Score) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from distgpt.config import Config
 from distgpt.errors import ConfigError, MachineError
 from distgpt.loss import exp_rows
 from distgpt.model import DecoderLM
-from distgpt.plan import USABLE_FRACTION, Layout, memory
+from distgpt.plan import Layout, fits, settle
 from distgpt.world import World, keep_freed_memory
 
 COMPILE_PAYS_SECONDS = 60
@@ -72,6 +72,7 @@ def decide(config: Config, n_vocab: int, world: World, kept: Execution | None = 
         layout = kept.layout
     else:
         layout = decide_layout(config, n_vocab, precision, world)
+    check_layout(layout, world)
     return Execution(precision, compiled, world.device.type, layout)
 
 
@@ -99,27 +100,32 @@ def decide_compile(config: Config, n_vocab: int, world: World) -> bool:
 
 def decide_layout(config: Config, n_vocab: int, precision: str, world: World) -> Layout:
     """How the model is spread: for `auto`, over as few ranks as its memory on paper allows. Every rank calls."""
-    asked = config.parallel
-    sizes, plan = config.model_config.sizes(n_vocab), config.batch_plan(world.size)
-    usable = USABLE_FRACTION * min(world.gather(world.memory_bytes))
+    asked, work = config.parallel, config.work(n_vocab, world.size, precision)
+    device_bytes = min(world.gather(world.memory_bytes))
+    template = Layout(
+        ranks=world.size,
+        reshard_after_forward=asked.reshard_after_forward,
+        activation_checkpointing=config.activation_checkpointing,
+    )
+    strategy: str = asked.strategy
+    if strategy == "auto" and world.size == 1:
+        strategy = "none"
+    elif strategy == "auto":
+        strategy = "ddp" if fits(work, replace(template, strategy="ddp"), device_bytes) else "fsdp"
+    shard_ranks = {"fsdp": world.size, "hsdp": asked.shard_ranks or ranks_of_a_machine(world)}.get(strategy, 1)
+    layout = replace(template, strategy=strategy, shard_ranks=shard_ranks)
+    return settle(work, layout, asked.reduce_gradients, device_bytes)
 
-    def layout(strategy: str, shard_ranks: int, reduce_each: bool) -> Layout:
-        return Layout(
-            strategy,
-            world.size,
-            shard_ranks,
-            asked.reshard_after_forward,
-            reduce_each,
-            config.activation_checkpointing,
-            precision == "bf16",
-        )
 
-    def fits(layout: Layout) -> bool:
-        return bool(sum(memory(sizes, layout, plan, config.seq_len).values()) <= usable)
+def ranks_of_a_machine(world: World) -> int:
+    """Ranks on each machine, 0 where machines differ. Every rank calls."""
+    found = set(world.gather(world.local_size))
+    return int(found.pop()) if len(found) == 1 else 0
 
-    strategy = asked.strategy
-    if strategy == "auto":
-        strategy = "none" if world.size == 1 else "ddp" if fits(layout("ddp", 1, False)) else "fsdp"
+
+def check_layout(layout: Layout, world: World) -> None:
+    """Raise ConfigError, on every rank, where these ranks cannot run a layout."""
+    strategy, shard_ranks = layout.strategy, layout.shard_ranks
     if strategy == "none" and world.size > 1:
         raise ConfigError(
             f"parallel.strategy: got none with {world.size} ranks, expected ddp, fsdp or hsdp; use auto",
@@ -130,17 +136,18 @@ def decide_layout(config: Config, n_vocab: int, precision: str, world: World) ->
             f"parallel.strategy: got {strategy} without torchrun, expected auto or none; start with torchrun",
             everywhere=True,
         )
-    shard_ranks = {"fsdp": world.size, "hsdp": asked.shard_ranks or world.local_size}.get(strategy, 1)
+    if shard_ranks == 0:
+        raise ConfigError(
+            "parallel.shard_ranks: got null with machines of different numbers of ranks; say how many ranks share a "
+            "model",
+            everywhere=True,
+        )
     if world.size % shard_ranks:
         raise ConfigError(
             f"parallel.shard_ranks: got {shard_ranks} with {world.size} ranks, expected a divisor of {world.size}; "
             "change it, or the number of ranks",
             everywhere=True,
         )
-    each = asked.reduce_gradients == "each"
-    if asked.reduce_gradients == "auto":
-        each = not fits(layout(strategy, shard_ranks, False))
-    return layout(strategy, shard_ranks, each)
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -210,11 +217,11 @@ def parallelize(model: DecoderLM, world: World, execution: Execution, weights: W
     if layout.activation_checkpointing != "none":
         recompute_blocks(model, selective=layout.activation_checkpointing == "selective")
     if execution.compile:
-        compile_parts(model, world.device)
+        compile_parts(model, world.device, layout.activation_checkpointing)
     if execution.precision == "bf16":
         model.forward = torch.autocast(world.device.type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
     if layout.sharded:
-        shard(model, world, layout)
+        shard(model, world, execution)
     if model.token_embedding.weight.is_meta:
         model.to_empty(device=world.device)
         fill(model.initial_weights() if weights is None else weights, world.device)
@@ -234,13 +241,15 @@ def recompute_blocks(model: DecoderLM, selective: bool) -> None:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **settings)
 
 
-def compile_parts(model: DecoderLM, device: torch.device) -> None:
+def compile_parts(model: DecoderLM, device: torch.device, recomputed: str) -> None:
     """Compile blocks (one compilation serves all) and head, in place, so that no parameter changes its name.
 
     The embeddings stay outside: compiled for the CPU, their backward adds atomically, and no two runs are alike.
     """
-    # Not `block.compile()`, which would take in FSDP's hooks. Attention within documents has new shapes each time.
-    parts = ("forward",) if model.end_of_text is None else ("before", "after")
+    parts: tuple[str, ...] = ("forward",)  # not `block.compile()`, which would take in FSDP's hooks
+    if model.end_of_text is not None:  # attention within documents has new shapes each time
+        # Inside compiled code, selective recomputation would not see the matmuls whose outputs it is to keep.
+        parts = () if recomputed == "selective" else ("before", "after")
     for block in model.blocks:
         for part in parts:
             setattr(block, part, torch.compile(getattr(block, part), dynamic=False))
@@ -251,17 +260,19 @@ def compile_parts(model: DecoderLM, device: torch.device) -> None:
         model.head.compile(dynamic=False)
 
 
-def shard(model: DecoderLM, world: World, layout: Layout) -> None:
+def shard(model: DecoderLM, world: World, execution: Execution) -> None:
     """Spread every parameter's rows over the ranks (FSDP2); a block is gathered while it computes.
 
-    Embeddings and last norm, tied and used at both ends, are a unit of their own and stay fp32, so that the residual
-    stream and the sum of the embedding's two gradients do. Gradients are exchanged in fp32.
+    The embeddings, one of them used at both ends, and the last norm are a unit of their own and stay fp32, so that the
+    residual stream and the sum of the embedding's two gradients do. In bf16 the blocks' weights are gathered in bf16
+    (norms and biases too, which DDP keeps in fp32); gradients are exchanged in fp32.
     """
+    layout = execution.layout
     copies = world.size // layout.shard_ranks
     axes = {"replicate": copies, "shard": layout.shard_ranks} if layout.strategy == "hsdp" else {"shard": world.size}
     mesh = init_device_mesh(world.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     narrow = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    policy = narrow if layout.bf16 else MixedPrecisionPolicy()
+    policy = narrow if execution.precision == "bf16" else MixedPrecisionPolicy()
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=layout.reshard_after_forward)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)

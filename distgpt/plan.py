@@ -116,8 +116,6 @@ class Layout:
     reduce_each: bool = False
     """Whether gradients are exchanged after each micro-step instead of kept whole until the last."""
     activation_checkpointing: str = "none"
-    bf16: bool = False
-    """Whether matmuls are in bf16."""
 
     @property
     def sharded(self) -> bool:
@@ -128,7 +126,8 @@ class Layout:
         """The layout in a few words, for people."""
         parts = [] if self.strategy == "none" else [self.strategy]
         if self.strategy == "hsdp":
-            parts = [f"hsdp ({self.ranks // self.shard_ranks} copies of the model, each on {self.shard_ranks} ranks)"]
+            copies = count(self.ranks // self.shard_ranks, "whole model")
+            parts = [f"hsdp ({copies}, each on {count(self.shard_ranks, 'rank')})"]
         if self.activation_checkpointing != "none":
             parts.append(f"{self.activation_checkpointing} recomputation")
         return ", ".join(parts)
@@ -144,36 +143,55 @@ ACTIVATION_WIDTHS = {
 }
 
 
-def memory(sizes: Sizes, layout: Layout, plan: BatchPlan, seq_len: int) -> dict[str, int]:
+@dataclass(frozen=True)
+class Work:
+    """What a step computes, whatever the layout."""
+
+    sizes: Sizes
+    batch: BatchPlan
+    seq_len: int
+    bf16: bool
+    """Whether matmuls are in bf16."""
+
+    @property
+    def matmul_bytes(self) -> int:
+        """Of a number in a matmul."""
+        return 2 if self.bf16 else FP32_BYTES
+
+
+def memory(work: Work, layout: Layout) -> dict[str, int]:
     """Bytes on the rank that needs most, by purpose, at the worst moment of a step: the turn from forward to backward.
 
-    Counts eager execution with whole logits; compilation and tiling need less.
+    Counts eager execution with whole logits; compilation and tiling need less. Dropout needs more, and so do masked
+    documents (by about an eighth of the activations).
     """
+    sizes, batch = work.sizes, work.batch
     outer = sum(math.prod(shape) for shape in sizes.outer_shapes)
     block = sum(math.prod(shape) for shape in sizes.block_shapes)
     whole, mine = sizes.stored(), sizes.stored(layout.shard_ranks)
-    matmul_bytes = 2 if layout.bf16 else FP32_BYTES
-    tokens = max(plan.micro_batches(0)) * seq_len
     gradients = FP32_BYTES * mine
     if not layout.sharded:
         # autocast's, kept for backward unless it computes them again
-        copies = 2 * (whole if layout.activation_checkpointing == "none" else outer) if layout.bf16 else 0
+        copies = 2 * (whole if layout.activation_checkpointing == "none" else outer) if work.bf16 else 0
     else:
         # One block computes while the next is fetched; the outer parameters stay whole, in fp32.
         blocks = min(2, sizes.n_layer) if layout.reshard_after_forward else sizes.n_layer
-        copies = FP32_BYTES * outer + matmul_bytes * blocks * block
-        if layout.reduce_each or plan.micro_steps == 1:
+        copies = FP32_BYTES * outer + work.matmul_bytes * blocks * block
+        if layout.reduce_each or batch.micro_steps == 1:
             gradients += FP32_BYTES * (outer + min(2, sizes.n_layer) * block)
         else:
             gradients += FP32_BYTES * whole
-    wide, narrow = ACTIVATION_WIDTHS[layout.activation_checkpointing]
-    per_layer = (FP32_BYTES * wide + matmul_bytes * narrow) * sizes.n_embd
-    activations = sizes.n_layer * per_layer
+
+    def layer(kind: str) -> int:
+        wide, narrow = ACTIVATION_WIDTHS[kind]
+        return (FP32_BYTES * wide + work.matmul_bytes * narrow) * sizes.n_embd
+
+    activations = sizes.n_layer * layer(layout.activation_checkpointing)
     if layout.activation_checkpointing != "none":  # one layer is recomputed at a time
-        wide, narrow = ACTIVATION_WIDTHS["none"]
-        activations += (FP32_BYTES * wide + matmul_bytes * narrow) * sizes.n_embd
-    logits = (matmul_bytes + 3 * FP32_BYTES) * sizes.outer_shapes[0][0]  # logits, softmax, two gradients
+        activations += layer("none")
+    logits = (work.matmul_bytes + 3 * FP32_BYTES) * sizes.outer_shapes[0][0]  # logits, softmax, two gradients
     embedding_gradient = FP32_BYTES * math.prod(sizes.outer_shapes[0])  # dense, before it is added to the head's
+    tokens = max(batch.micro_batches(0)) * work.seq_len
     return {
         "weights": FP32_BYTES * mine,
         "moments": 2 * FP32_BYTES * mine,
@@ -184,19 +202,31 @@ def memory(sizes: Sizes, layout: Layout, plan: BatchPlan, seq_len: int) -> dict[
     }
 
 
-def largest_batch(sizes: Sizes, layout: Layout, plan: BatchPlan, seq_len: int, memory_bytes: float) -> int:
+def fits(work: Work, layout: Layout, device_bytes: float) -> bool:
+    """Whether a rank's memory is enough, on paper."""
+    return sum(memory(work, layout).values()) <= USABLE_FRACTION * device_bytes
+
+
+def settle(work: Work, layout: Layout, reduce_gradients: str, device_bytes: float) -> Layout:
+    """The layout with `reduce_gradients` resolved: `auto` exchanges on the last micro-step where memory allows."""
+    last = dataclasses.replace(layout, reduce_each=False)
+    each = reduce_gradients == "each" or (reduce_gradients == "auto" and not fits(work, last, device_bytes))
+    return dataclasses.replace(layout, reduce_each=each and layout.sharded)
+
+
+def largest_batch(work: Work, layout: Layout, reduce_gradients: str, device_bytes: float) -> int:
     """The largest batch_size whose memory fits when every micro-batch is full; 0 where none does."""
-    usable = USABLE_FRACTION * memory_bytes
+    ranks, micro_steps = work.batch.ranks, work.batch.micro_steps
     best = 0
     for bit in reversed(range(20)):
         tried = best + 2**bit
-        full = BatchPlan(tried * plan.ranks * plan.micro_steps, tried, plan.ranks)
-        if sum(memory(sizes, layout, full, seq_len).values()) <= usable:
+        full = dataclasses.replace(work, batch=BatchPlan(tried * ranks * micro_steps, tried, ranks))
+        if fits(full, settle(full, layout, reduce_gradients, device_bytes), device_bytes):
             best = tried
     return best
 
 
-def traffic(sizes: Sizes, layout: Layout, plan: BatchPlan) -> int:
+def traffic(work: Work, layout: Layout) -> int:
     """Bytes that one rank sends in one step, with ring algorithms (Thakur, Rabenseifner & Gropp 2005).
 
     An all-gather or reduce-scatter of n bytes over r ranks sends (r - 1) / r n, an all-reduce twice that.
@@ -205,19 +235,19 @@ def traffic(sizes: Sizes, layout: Layout, plan: BatchPlan) -> int:
     def ring(ranks: int, n_bytes: int) -> float:
         return (ranks - 1) / ranks * n_bytes
 
-    whole = sizes.stored()
+    whole, micro_steps = work.sizes.stored(), work.batch.micro_steps
     if not layout.sharded:
         return round(2 * ring(layout.ranks, FP32_BYTES * whole))
-    outer = sum(math.prod(shape) for shape in sizes.outer_shapes)
-    gathered = (2 if layout.bf16 else FP32_BYTES) * (whole - outer)
-    passes, times = (plan.micro_steps, 2) if layout.reshard_after_forward else (1, 1)
+    outer = sum(math.prod(shape) for shape in work.sizes.outer_shapes)
+    gathered = work.matmul_bytes * (whole - outer)
+    passes, times = (micro_steps, 2) if layout.reshard_after_forward else (1, 1)
     gathers = passes * ring(layout.shard_ranks, times * gathered + FP32_BYTES * outer)
-    reductions = (plan.micro_steps if layout.reduce_each else 1) * ring(layout.shard_ranks, FP32_BYTES * whole)
+    reductions = (micro_steps if layout.reduce_each else 1) * ring(layout.shard_ranks, FP32_BYTES * whole)
     copies = layout.ranks // layout.shard_ranks
     return round(gathers + reductions + 2 * ring(copies, FP32_BYTES * whole // layout.shard_ranks))
 
 
-def layouts(ranks: int, shard_ranks: int | None, template: Layout) -> list[Layout]:
+def layouts(ranks: int, shard_ranks: int, template: Layout) -> list[Layout]:
     """Every strategy that `ranks` can run, with the other settings of `template`."""
     if ranks == 1:
         return [dataclasses.replace(template, strategy="none")]
@@ -225,31 +255,31 @@ def layouts(ranks: int, shard_ranks: int | None, template: Layout) -> list[Layou
         dataclasses.replace(template, strategy="ddp", ranks=ranks),
         dataclasses.replace(template, strategy="fsdp", ranks=ranks, shard_ranks=ranks),
     ]
-    shard_ranks = shard_ranks or 8
-    if shard_ranks < ranks and ranks % shard_ranks == 0:
+    if ranks % shard_ranks == 0 and 1 < shard_ranks < ranks:
         found.append(dataclasses.replace(template, strategy="hsdp", ranks=ranks, shard_ranks=shard_ranks))
     return found
 
 
-def table(sizes: Sizes, columns: list[Layout], plan: BatchPlan, seq_len: int, memory_bytes: float) -> str:
+def table(work: Work, columns: list[Layout], reduce_gradients: str, device_bytes: float) -> str:
     """The plan as text: a column for each layout."""
     gb = 1e9
-    at_a_time = f"{max(plan.micro_batches(0)):,}"
-    rows: dict[str, list[str]] = {"GB on each rank": [], "sequences at a time": [at_a_time] * len(columns)}
-    for layout in columns:
-        name = layout.strategy
-        rows["GB on each rank"].append(
-            f"hsdp {layout.ranks // layout.shard_ranks} x {layout.shard_ranks}" if name == "hsdp" else name
-        )
-        parts = memory(sizes, layout, plan, seq_len)
-        total = sum(parts.values())
-        for part, n_bytes in parts.items():
-            rows.setdefault(part, []).append(f"{n_bytes / gb:.3g}")
-        rows.setdefault("total", []).append(f"{total / gb:.3g}")
-        fits = "yes" if total <= USABLE_FRACTION * memory_bytes else "no"
-        rows.setdefault(f"fits {memory_bytes / gb:g} GB", []).append(fits)
-        most = largest_batch(sizes, layout, plan, seq_len, memory_bytes)
-        rows.setdefault("largest batch_size", []).append(f"{most:,}" if most else "none")
-        rows.setdefault("GB sent per step", []).append(f"{traffic(sizes, layout, plan) / gb:.3g}")
+    rows: dict[str, list[str]] = {}
+    for asked in columns:
+        layout = settle(work, asked, reduce_gradients, device_bytes)
+        parts = memory(work, layout)
+        most = largest_batch(work, asked, reduce_gradients, device_bytes)
+        copies = f" {layout.ranks // layout.shard_ranks} x {layout.shard_ranks}" if layout.strategy == "hsdp" else ""
+        cells = {
+            "GB on each rank": layout.strategy + copies,
+            "sequences at a time": f"{max(work.batch.micro_batches(0)):,}",
+            **{part: f"{n_bytes / gb:.3g}" for part, n_bytes in parts.items()},
+            "total": f"{sum(parts.values()) / gb:.3g}",
+            f"fits {device_bytes / gb:g} GB": "yes" if fits(work, layout, device_bytes) else "no",
+            "largest batch_size": f"{most:,}" if most else "none",
+            "gradients exchanged": "-" if layout.ranks == 1 else "each micro-step" if layout.reduce_each else "once",
+            "GB sent per step": f"{traffic(work, layout) / gb:.3g}",
+        }
+        for name, cell in cells.items():
+            rows.setdefault(name, []).append(cell)
     left, right = max(map(len, rows)), 2 + max(len(cell) for cells in rows.values() for cell in cells)
     return "\n".join(f"{name:<{left}}" + "".join(f"{cell:>{right}}" for cell in cells) for name, cells in rows.items())

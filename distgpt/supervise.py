@@ -5,6 +5,7 @@ Imports no torch, which takes seconds to load: signals are heard before it is.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import faulthandler
 import fcntl
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TextIO
 
-from distgpt.errors import MachineError, leave, run_command
+from distgpt.errors import MachineError, diagnose, leave, run_command
 
 if TYPE_CHECKING:
     from distgpt.world import World
@@ -125,7 +126,10 @@ class Supervisor:
             except RuntimeError as unreachable:
                 self.leave(f"the launcher's store does not answer ({summary(unreachable)})", tell=False)
         if error is not None:
-            self.status("failed", summary(error), getattr(error, "exit_code", 1))
+            code, reason = diagnose(error) or (1, summary(error))
+            self.status("failed", reason, code)
+        elif self.peers is not None:
+            self.peers.tell(LEAVING)  # it may take another rank longer
         self.closed.set()
         if self.lock is not None:
             self.lock.close()
@@ -138,8 +142,7 @@ class Supervisor:
         """
         waited = False
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        path = self.output_dir / ".lock"
-        file = path.open("a+", encoding="utf-8")
+        file = (self.output_dir / ".lock").open("a")
         until = time.monotonic() + LOCK_SECONDS
         while True:
             try:
@@ -147,17 +150,16 @@ class Supervisor:
                 break
             except OSError:
                 if time.monotonic() > until:
-                    owner = path.read_text(encoding="utf-8").strip() or "another process"
+                    owner = read_status(self.output_dir)
+                    process = f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('at')}"
                     raise MachineError(
-                        f"output_dir: {self.output_dir} is in use by {owner}; stop that run, or choose another folder",
+                        f"output_dir: {self.output_dir} is in use by {process}; stop that run or choose another",
                         everywhere=True,
                     ) from None
                 waited = True
                 time.sleep(0.2)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now()}\n")
-        file.flush()
         self.lock = file
+        self.status("starting")
         return waited
 
     def progress(self) -> None:
@@ -173,9 +175,10 @@ class Supervisor:
             raise Stopped(reason)
 
     def status(self, state: str, reason: str = "", code: int | None = None) -> None:
-        """Write `status.json`, on the rank that holds the lock."""
+        """Write `status.json`, on the rank that holds the lock; a full disk is no reason to fail."""
         if self.lock is not None:
-            write_status(self.output_dir, {"state": state, "step": self.step, "reason": reason, "code": code})
+            with contextlib.suppress(OSError):
+                write_status(self.output_dir, {"state": state, "step": self.step, "reason": reason, "code": code})
 
     def stopped(self, reason: str) -> int:
         """Report the end of a run that was told to stop, everything saved; returns its exit code.
@@ -234,7 +237,8 @@ class Supervisor:
 
     def report_hang(self) -> NoReturn:
         """Write what every thread is doing, find who is stuck, and leave."""
-        with (self.output_dir / f"stacks-rank-{self.world.rank}.txt").open("w") as file:
+        path = self.output_dir / f"stacks-rank-{self.world.rank}.txt"
+        with contextlib.suppress(OSError), path.open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         found = self.lost_peers(LOST_SECONDS) or self.behind()
         where = f"{self.output_dir}/stacks-rank-*.txt tell what each rank was doing"
@@ -259,23 +263,27 @@ def now() -> str:
 
 
 def write_status(output_dir: Path, status: dict[str, Any]) -> None:
-    """Replace `status.json`: state (running, finished, stopped or failed), step, reason, exit code, and who says so."""
+    """Replace `status.json`: state (starting, running, finished, stopped, failed), step, reason, code, and whose."""
     process = {"pid": os.getpid(), "launcher": os.getppid(), "host": socket.gethostname(), "at": now()}
     partial = output_dir / ".status.json.partial"
     partial.write_text(json.dumps(status | process) + "\n", encoding="utf-8")
     partial.replace(output_dir / "status.json")
 
 
+def read_status(output_dir: Path) -> dict[str, Any]:
+    """What `status.json` holds; nothing if there is none."""
+    try:
+        status = json.loads((output_dir / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
 def main(arguments: Sequence[str]) -> int:
     """For run.sh: the exit code of the ranks that process LAUNCHER started, else CODE. OUTPUT_DIR LAUNCHER CODE."""
     output_dir, launcher, code = arguments
-    try:
-        status = json.loads((Path(output_dir) / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return int(code)
-    if status.get("launcher") != int(launcher) or status.get("code") is None:
-        return int(code)
-    return int(status["code"])
+    status = read_status(Path(output_dir))
+    return int(code if status.get("launcher") != int(launcher) or status.get("code") is None else status["code"])
 
 
 if __name__ == "__main__":

@@ -35,14 +35,14 @@ from distgpt.evaluate import evaluate
 from distgpt.metrics import Log, Score, device_name, open_log, peak_tflops
 from distgpt.model import DecoderLM
 from distgpt.optim import build_optimizer, learning_rate, set_learning_rate
-from distgpt.parallel import Execution, Running, decide, parallelize
+from distgpt.parallel import Execution, Running, Weights, decide, parallelize
 from distgpt.plan import BatchPlan, Layout, count
 from distgpt.step import seed_dropout, train_step, warm_up
 from distgpt.supervise import Stopped, Supervisor
 from distgpt.world import World
 
 MOST_SKIPPED = 10
-"""Updates in a row that may be skipped for a gradient that is not finite before the run ends."""
+"""Updates in a row, at a line of the log, that were skipped because their gradient was not finite: the run ends."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,8 @@ def build(config: Config, start: Start, world: World, supervisor: Supervisor) ->
     supervisor.status("running")
     supervisor.obey(first_step)
     model = checkpoint.build_model(config, start.tokenizer)
-    weights = None if start.source is None else checkpoint.trained_weights(start.source, model)
-    running = parallelize(model, world, execution, weights)
+    weights: Weights | None = None if start.source is None else checkpoint.trained_weights(start.source, model)
+    running = parallelize(model, world, execution, () if start.resume else weights)
     optimizer = build_optimizer(model, config.optimizer)
     if world.is_first:
         prepare_output_dir(Path(config.output_dir), config, anew=start.resume is None)
@@ -190,6 +190,8 @@ def earlier_execution(resume: Checkpoint | None, config: Config) -> Execution | 
     if changed & {"precision", "compile", "parallel", "activation_checkpointing"}:
         return None
     decided = resume.state["execution"]
+    if "layout" not in decided:  # saved before there was a choice
+        return None
     return Execution(**decided | {"layout": Layout(**decided["layout"])})
 
 

@@ -63,8 +63,8 @@ class World:
         return host_memory_bytes() // self.local_size
 
     @property
-    def peak_bytes(self) -> int:
-        """Most memory this process has used at a time: tensors on a GPU, else what is resident (0: not known)."""
+    def peak_bytes(self) -> int | None:
+        """Most memory this process has used at a time: tensors on a GPU, else what is resident; None if not known."""
         if self.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.device))
         return peak_resident_bytes()
@@ -316,14 +316,14 @@ def host_memory_bytes() -> int:
     return min(found)
 
 
-def peak_resident_bytes() -> int:
-    """Most memory this process has had resident; 0 where the system does not tell."""
+def peak_resident_bytes() -> int | None:
+    """Most memory this process has had resident; None where the system does not tell."""
     try:
         # Not getrusage: its figure goes on from the process that this one was forked from.
         found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-        return int(found[1]) * 1024 if found else 0
+        return int(found[1]) * 1024 if found else None
     except OSError:
-        return 0
+        return None
 
 
 def is_interactive() -> bool:

@@ -29,9 +29,10 @@ from distgpt import checkpoint
 from distgpt import world as worlds
 from distgpt.checkpoint import Checkpoint
 from distgpt.config import OptimizerConfig
-from distgpt.data import ShuffledReader
+from distgpt.data import Batch, ShuffledReader
 from distgpt.errors import ConfigError, DataError, leave
 from distgpt.evaluate import evaluate
+from distgpt.loss import IGNORED
 from distgpt.model import DecoderLM
 from distgpt.optim import build_optimizer, set_learning_rate
 from distgpt.parallel import Execution, parallelize
@@ -56,13 +57,18 @@ def strategies(ranks: int) -> list[str]:
 def execution(world: World, strategy: str, precision: str = "fp32", compiled: bool = False, **more: Any) -> Execution:
     """A strategy on all ranks; hsdp in two copies."""
     shard_ranks = {"fsdp": world.size, "hsdp": world.size // 2}.get(strategy, 1)
-    layout = Layout(strategy, world.size, shard_ranks, bf16=precision == "bf16", **more)
+    layout = Layout(strategy, world.size, shard_ranks, **more)
     return Execution(precision, compiled, "cpu", layout)
 
 
-def small_model(n_vocab: int = N_VOCAB, n_embd: int = 21, end_of_text: int | None = None) -> DecoderLM:
-    """By default an odd width and a vocabulary that no number of ranks divides."""
-    return DecoderLM(n_vocab, n_embd, n_head=3, n_positions=SEQ_LEN, n_layer=2, seed=3, end_of_text=end_of_text)
+def small_model(n_vocab: int = N_VOCAB, n_embd: int = 21, end_of_text: int | None = None, n_head: int = 3) -> DecoderLM:
+    """By default an odd width, and a vocabulary whose padded rows 3 ranks do not divide."""
+    return DecoderLM(n_vocab, n_embd, n_head, n_positions=SEQ_LEN, n_layer=2, seed=3, end_of_text=end_of_text)
+
+
+def thin_model() -> DecoderLM:
+    """So thin that of 4 ranks the last holds nothing of most parameters."""
+    return small_model(n_embd=5, n_head=1)
 
 
 def stream(folder: Path, length: int, n_vocab: int = N_VOCAB) -> TokenArray:
@@ -88,19 +94,36 @@ def whole(tensor: torch.Tensor | None) -> np.ndarray:
 
 
 def step_gradients(
-    world: World, folder: Path, name: str, how: Execution, batch_size: int, dtype: torch.dtype, masked: bool = False
+    world: World,
+    folder: Path,
+    name: str,
+    how: Execution,
+    batch_size: int,
+    dtype: torch.dtype,
+    masked: bool = False,
+    thin: bool = False,
+    ragged: bool = False,
 ) -> dict[str, Any]:
     """One step's gradients (in a file), loss and norm, with at most `batch_size` sequences in a forward pass."""
     end_of_text = END_OF_TEXT if masked else None
-    model = small_model(end_of_text=end_of_text).to(dtype)
-    running = parallelize(model, world, how)
+    model = thin_model() if thin else small_model(end_of_text=end_of_text)
+    running = parallelize(model.to(dtype), world, how)
     optimizer = build_optimizer(model, OptimizerConfig())  # of learning rate 0
     batches = reader(folder, world, batch_size, end_of_text).at(5)
-    result = train_step(running, optimizer, batches, SEQUENCES * SEQ_LEN, 1e9, world)
+    if ragged:
+        for batch in batches:
+            drop_targets(batch)
+    tokens = int(world.sum(torch.tensor([sum(int((b.targets_BT != IGNORED).sum()) for b in batches)])))
+    result = train_step(running, optimizer, batches, tokens, 1e9, world)
     gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
     if world.is_first:
         np.savez(folder / f"gradients-{name}.npz", **gradients)  # type: ignore[arg-type]
-    return {"loss": float(world.sum(result.loss_sum.double())) / TOKENS, "norm": float(result.grad_norm)}
+    return {"loss": float(world.sum(result.loss_sum.double())) / tokens, "norm": float(result.grad_norm)}
+
+
+def drop_targets(batch: Batch) -> None:
+    """Leave sequences with very different numbers of targets."""
+    batch.targets_BT[batch.targets_BT % 8 < batch.targets_BT[:, :1] % 8] = IGNORED
 
 
 def gradients(world: World, folder: Path) -> Any:
@@ -116,6 +139,22 @@ def gradients(world: World, folder: Path) -> Any:
                     name = f"{strategy}{way}-{size}-{dtype}"
                     how = execution(world, strategy, **settings)
                     found[name] = step_gradients(world, folder, name, how, size, dtype)
+    return found
+
+
+def special_gradients(world: World, folder: Path) -> Any:
+    """Empty shards, unequal numbers of targets, and bf16."""
+    found = {}
+    for strategy in strategies(world.size):
+        plain, bf16 = execution(world, strategy), execution(world, strategy, "bf16")
+        for name, how, size, dtype, settings in (
+            ("thin", plain, 3, torch.float64, {"thin": True}),
+            ("ragged", plain, 3, torch.float64, {"ragged": True}),
+            ("bf16", bf16, 3, torch.float32, {}),
+        ):
+            found[f"{name}-{strategy}"] = step_gradients(
+                world, folder, f"{name}-{strategy}", how, size, dtype, **settings
+            )
     return found
 
 
@@ -272,8 +311,9 @@ def nan_gradient(world: World, folder: Path) -> Any:
 
 
 def saved(world: World, folder: Path) -> Any:
-    """After a step under one strategy, save, load under another, and take a second step: weights, hashed."""
+    """After a step under one strategy, save, load under another, and take a second step: the sum of weights' sizes."""
     found = {}
+    checkpoint.FILE_BYTES = 2000  # so that even these models take several files
     for first in strategies(world.size):
         for second in strategies(world.size):
             output_dir = folder / f"saved-{first}-{second}"
@@ -327,6 +367,7 @@ def dropout(world: World, folder: Path) -> Any:
 
 CASES: list[Callable[[World, Path], Any]] = [
     gradients,
+    special_gradients,
     documents,
     recomputation,
     curves,

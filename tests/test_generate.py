@@ -104,9 +104,9 @@ def test_prefixes_are_read_and_bad_lines_named(tmp_path: Path) -> None:
 
 def test_prompts_that_do_not_fit_are_refused_and_empty_ones_begin_a_document() -> None:
     tokenizer = load_tokenizer("bytes")
-    assert encode_prompts(["", "ab"], tokenizer, 4) == [[256], [97, 98]]
+    assert encode_prompts(["", "ab"], tokenizer, 4, False) == [[256], [97, 98]]
     with pytest.raises(ConfigError, match="has 4 tokens, expected at most 3"):
-        encode_prompts(["abcd"], tokenizer, 4)
+        encode_prompts(["abcd"], tokenizer, 4, False)
 
 
 @pytest.mark.parametrize(

@@ -117,3 +117,13 @@ def test_wandb_that_fails_or_hangs_holds_nothing_up(
     failure = thread.close()
     assert time.monotonic() - started_at < 5
     assert failure is not None and ("no network" in failure or "still busy" in failure)
+
+
+def test_memory_that_is_not_known_is_not_a_number(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    log = make_log(config)
+    log.memory(0, [None, None])
+    log.memory(0, [1_500_000_000, 2_500_000_000])
+    log.close()
+    printed = capsys.readouterr().out
+    assert "memory  n/a at most" in printed and "memory  1.50 GB to 2.50 GB at most" in printed
+    assert next(iter(read_metrics(Path(config.output_dir))))["peak-bytes"] == [None, None]

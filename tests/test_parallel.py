@@ -18,9 +18,11 @@ from distgpt import config as configs
 from distgpt import world as worlds
 from distgpt.data import Batch
 from distgpt.errors import ConfigError
+from distgpt.loss import IGNORED
 from distgpt.model import DecoderLM
-from distgpt.parallel import Execution, decide
-from distgpt.plan import BatchPlan, Layout, Sizes, traffic
+from distgpt.parallel import Execution, decide, parallelize
+from distgpt.plan import BatchPlan, Layout, Sizes, Work, memory, traffic
+from distgpt.step import seed_dropout
 from tests.ranks import (
     CLIP,
     END_OF_TEXT,
@@ -29,10 +31,12 @@ from tests.ranks import (
     SEQ_LEN,
     SEQUENCES,
     TOKENS,
+    drop_targets,
     reader,
     results,
     small_model,
     strategies,
+    thin_model,
 )
 from tests.test_exercise import ALONE
 
@@ -136,6 +140,31 @@ def test_every_layout_gives_the_gradient_of_one_plain_batch(
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), LAYOUTS)
+def test_empty_shards_and_unequal_targets_change_no_gradient(ranks: int, strategy: str) -> None:
+    found, folder = results(ranks)
+    for name, model in (("thin", thin_model()), ("ragged", small_model())):
+        batch = whole_batch(5)
+        if name == "ragged":
+            drop_targets(batch)
+            per_row = (batch.targets_BT != IGNORED).sum(1)
+            assert per_row.max() > 2 * per_row.min()
+        tokens = int((batch.targets_BT != IGNORED).sum())
+        loss = plain_loss(model.double(), batch.ids_BT, batch.targets_BT) / tokens
+        rows = [row[f"{name}-{strategy}"] for row in found["special_gradients"]]
+        assert_gradients(rows, folder / f"gradients-{name}-{strategy}.npz", (gradient(model, loss), loss.item()), 1e-10)
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), LAYOUTS)
+def test_the_bf16_gradient_is_near_the_plain_one(ranks: int, strategy: str) -> None:
+    _, folder = results(ranks)
+    expected, _ = plain_gradient(torch.float32)
+    with np.load(folder / f"gradients-bf16-{strategy}.npz") as got:
+        for name, value in expected.items():
+            assert np.linalg.norm(got[name] - value) < 0.02 * np.linalg.norm(value), name
+        assert any(not np.allclose(got[name], value, rtol=1e-5) for name, value in expected.items())  # it is bf16
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), LAYOUTS)
 def test_masked_documents_give_the_gradient_of_each_run_alone(ranks: int, strategy: str) -> None:
     found, folder = results(ranks)
     rows = [row[strategy] for row in found["documents"]]
@@ -203,14 +232,16 @@ def test_fsdp_exchanges_what_its_settings_say(ranks: int) -> None:
 
 @pytest.mark.parametrize(("ranks", "strategy"), LAYOUTS)
 def test_initial_weights_are_the_same_and_a_rank_holds_its_share(ranks: int, strategy: str) -> None:
+    work = Work(Sizes(N_VOCAB, 21, 3, SEQ_LEN, 2), BatchPlan(SEQUENCES, 8, ranks), SEQ_LEN, bf16=False)
     whole = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in small_model().parameters())).hexdigest()
     shards = {"fsdp": ranks, "hsdp": ranks // 2}.get(strategy, 1)
-    share = 4 * Sizes(N_VOCAB, 21, 3, SEQ_LEN, 2).stored(shards)
+    plan = memory(work, Layout(strategy, ranks, shards))
     found, _ = results(ranks)
     rows = [row[strategy] for row in found["held"]]
     assert {row["initial"] for row in rows} == {whole}
-    for part, times in (("weights", 1), ("gradients", 1), ("moments", 2)):
-        assert max(row[part] for row in rows) == times * share  # the plan on paper, to the byte
+    for part in ("weights", "moments"):
+        assert max(row[part] for row in rows) == plan[part]  # the plan on paper, to the byte
+    assert max(row["gradients"] for row in rows) == plan["weights"]
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), LAYOUTS)
@@ -256,33 +287,69 @@ class Ranks(worlds.World):
 def layout(tmp_path: Path, memory_gb: float, *overrides: str, size: int = 4) -> Layout:
     world = Ranks(rank=0, size=size, local_size=2, device=torch.device("cpu"), threads=1)
     object.__setattr__(world, "memory_bytes", int(memory_gb * 1e9))
-    return decide(config(tmp_path, "compile=off", *overrides), 50257, world).layout
+    return decide(config(tmp_path, "compile=off", "precision=fp32", *overrides), 50257, world).layout
 
 
 def test_auto_spreads_the_model_only_when_it_must(tmp_path: Path) -> None:
-    assert layout(tmp_path, 100, size=1).strategy == "none"
-    assert layout(tmp_path, 100).strategy == "ddp"
-    small = layout(tmp_path, 0.1)
-    assert (small.strategy, small.shard_ranks, small.reduce_each) == ("fsdp", 4, True)
-    assert layout(tmp_path, 100, "parallel.strategy=fsdp").reduce_each is False
-    assert layout(tmp_path, 100, "parallel.strategy=fsdp", "parallel.reduce_gradients=each").reduce_each is True
-    hsdp = layout(tmp_path, 100, "parallel.strategy=hsdp")
-    assert (hsdp.strategy, hsdp.shard_ranks) == ("hsdp", 2)  # the ranks of one machine
+    assert layout(tmp_path, 100, size=1) == Layout("none", 1)
+    assert layout(tmp_path, 100) == Layout("ddp", 4)
+    assert layout(tmp_path, 0.1) == Layout("fsdp", 4, 4, reduce_each=True)
+    assert layout(tmp_path, 0.1, "parallel.strategy=ddp") == Layout("ddp", 4)
+
+
+def test_the_config_decides_the_layout(tmp_path: Path) -> None:
+    fsdp = "parallel.strategy=fsdp"
+    assert layout(tmp_path, 100, fsdp) == Layout("fsdp", 4, 4)
+    assert layout(tmp_path, 100, fsdp, "parallel.reduce_gradients=each") == Layout("fsdp", 4, 4, reduce_each=True)
+    assert layout(tmp_path, 0.1, fsdp, "parallel.reduce_gradients=last") == Layout("fsdp", 4, 4)
+    kept = Layout("fsdp", 4, 4, reshard_after_forward=False)
+    assert layout(tmp_path, 100, fsdp, "parallel.reshard_after_forward=false") == kept
+    recomputed = Layout("fsdp", 4, 4, activation_checkpointing="full")
+    assert layout(tmp_path, 100, fsdp, "activation_checkpointing=full") == recomputed
+    hsdp = "parallel.strategy=hsdp"
+    assert layout(tmp_path, 100, hsdp) == Layout("hsdp", 4, 2)  # the ranks of one machine
+    assert layout(tmp_path, 100, hsdp, "parallel.shard_ranks=4") == Layout("hsdp", 4, 4)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "size", "message"),
+    ("overrides", "message"),
     [
-        (("parallel.strategy=none",), 4, "got none with 4 ranks, expected ddp, fsdp or hsdp"),
-        (("parallel.strategy=hsdp", "parallel.shard_ranks=3"), 4, "got 3 with 4 ranks, expected a divisor of 4"),
-        (("parallel.strategy=hsdp", "parallel.shard_ranks=8"), 4, "got 8 with 4 ranks, expected a divisor of 4"),
+        (("parallel.strategy=none",), "got none with 4 ranks, expected ddp, fsdp or hsdp"),
+        (("parallel.strategy=hsdp", "parallel.shard_ranks=3"), "got 3 with 4 ranks, expected a divisor of 4"),
+        (("parallel.strategy=hsdp", "parallel.shard_ranks=8"), "got 8 with 4 ranks, expected a divisor of 4"),
+        (("parallel.shard_ranks=2",), "got 2 with parallel.strategy = auto, expected strategy hsdp"),
     ],
 )
 def test_a_strategy_that_the_ranks_do_not_suit_is_refused(
-    tmp_path: Path, overrides: tuple[str, ...], size: int, message: str
+    tmp_path: Path, overrides: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        layout(tmp_path, 100, *overrides, size=size)
+        layout(tmp_path, 100, *overrides)
+
+
+def test_sharding_without_torchrun_is_refused_even_if_it_was_decided_before(tmp_path: Path) -> None:
+    message = "got fsdp without torchrun, expected auto or none"
+    with pytest.raises(ConfigError, match=message):
+        decide(config(tmp_path, "compile=off", "parallel.strategy=fsdp"), 257, ALONE)
+    with pytest.raises(ConfigError, match=message):
+        decide(config(tmp_path, "compile=off"), 257, ALONE, Execution("fp32", False, "cpu", Layout("fsdp", 1)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_recomputed_dropout_is_the_same_dropout(masked: bool) -> None:
+    gradients = []
+    for kind in ("none", "full", "selective"):
+        model = DecoderLM(
+            N_VOCAB, 21, 3, SEQ_LEN, 2, p_dropout=0.3, seed=3, end_of_text=END_OF_TEXT if masked else None
+        )
+        how = Execution("fp32", False, "cpu", Layout(activation_checkpointing=kind))
+        running = parallelize(model.double(), ALONE, how)
+        seed_dropout(0, 1, 0)
+        batch = whole_batch(5)
+        gradients.append(gradient(model, running(batch.ids_BT, targets_BT=batch.targets_BT)))
+    for name, value in gradients[0].items():
+        for other in gradients[1:]:
+            np.testing.assert_allclose(other[name], value, rtol=0, atol=1e-12 * np.abs(value).max(), err_msg=name)
 
 
 def test_what_a_run_had_decided_is_used_again(tmp_path: Path) -> None:
@@ -295,12 +362,13 @@ def test_what_a_run_had_decided_is_used_again(tmp_path: Path) -> None:
 
 
 def test_traffic_on_paper_is_what_rings_send() -> None:
-    sizes, plan = Sizes(N_VOCAB, 21, 3, SEQ_LEN, 2), BatchPlan(8, 1, 2)
+    sizes = Sizes(N_VOCAB, 21, 3, SEQ_LEN, 2)
+    work = Work(sizes, BatchPlan(8, 1, 2), SEQ_LEN, bf16=False)
     whole = 4 * sizes.stored()
-    assert traffic(sizes, Layout("ddp", 2), plan) == whole
+    assert traffic(work, Layout("ddp", 2)) == whole
     outer = 4 * sum(int(np.prod(shape)) for shape in sizes.outer_shapes)
     fsdp = functools.partial(Layout, "fsdp", 2, 2)
     micro_steps = 4
-    assert traffic(sizes, fsdp(), plan) == (micro_steps * (2 * whole - outer) + whole) / 2
-    assert traffic(sizes, fsdp(reshard_after_forward=False), plan) == (whole + whole) / 2
-    assert traffic(sizes, fsdp(reduce_each=True), plan) == (micro_steps * (2 * whole - outer) + 4 * whole) / 2
+    assert traffic(work, fsdp()) == (micro_steps * (2 * whole - outer) + whole) / 2
+    assert traffic(work, fsdp(reshard_after_forward=False)) == (whole + whole) / 2
+    assert traffic(work, fsdp(reduce_each=True)) == (micro_steps * (2 * whole - outer) + 4 * whole) / 2

@@ -192,7 +192,7 @@ def test_a_hang_ends_the_run_with_stacks_and_the_silent_rank(begin: Any) -> None
     assert run.process.wait(90) == 1  # torchrun gives a stopped rank 30 s
     assert len(run.lines()) == 2 and all("no progress for 6 s; rank 2 is lost" in line for line in run.lines())
     for rank in (0, 1):
-        assert "step.py" in (run.output_dir / f"stacks-rank-{rank}.txt").read_text()
+        assert "in loop" in (run.output_dir / f"stacks-rank-{rank}.txt").read_text()  # wherever in it they wait
     assert run.status()["code"] == 76
 
 

@@ -19,6 +19,7 @@ from distgpt import checkpoint, train
 from distgpt import config as configs
 from distgpt.data import ShuffledReader
 from distgpt.errors import CheckpointError, ConfigError, DataError, NumericsError
+from distgpt.model import DecoderLM
 from distgpt.optim import build_optimizer
 from distgpt.plan import BatchPlan
 from distgpt.shards import open_tokens
@@ -109,6 +110,56 @@ def test_the_loss_logged_is_the_loss_recomputed_from_scratch(config_file: Path, 
     loss = F.cross_entropy(model(batch.ids_BT).flatten(0, 1), batch.targets_BT.flatten())
     logged = {step: loss for step, loss, _ in training_curve(tmp_path / "run")}
     assert logged[9] == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_masked_documents_reach_the_model_through_the_config(config_file: Path, tmp_path: Path, run: Run) -> None:
+    """The first loss of a run on 2 ranks, recomputed from each document alone by a model that masks none."""
+    tokens = np.frombuffer(Path(__file__).read_bytes(), dtype=np.uint8).astype(np.uint16)
+    lines = np.where(tokens == ord("\n"), 256, tokens)  # each a document
+    np.savez(tmp_path / "lines.npz", train=lines, val=lines[:200])
+    arguments = (f"data={tmp_path / 'lines.npz'}", "mask_documents=true", "num_training_steps=2")
+    done = run("train", config_file, *PLAIN, *arguments, ranks=2)
+    assert done.returncode == 0, done.stderr
+    config = configs.load(config_file, arguments[:1])
+    model = DecoderLM(257, 32, 4, 32, 2, seed=config.seed)
+    stream = open_tokens(tmp_path / "lines.npz")["train"]
+    (batch,) = ShuffledReader(stream, 257, 32, config.seed, BatchPlan(8, 8, 1), 0).at(0)
+    total = 0.0
+    for ids_T, targets_T in zip(batch.ids_BT, batch.targets_BT, strict=True):
+        starts = [0, *(t for t in range(1, 32) if ids_T[t] == 256)]
+        for first, end in zip(starts, [*starts[1:], 32], strict=True):
+            total += F.cross_entropy(model(ids_T[None, first:end])[0], targets_T[first:end], reduction="sum").item()
+    whole = F.cross_entropy(model(batch.ids_BT).flatten(0, 1), batch.targets_BT.flatten()).item()
+    logged = training_curve(tmp_path / "run")[0][1]
+    assert logged == pytest.approx(total / 256, rel=1e-6) and abs(whole - logged) > 1e-5
+
+
+def test_dropout_differs_between_ranks(config_file: Path, tmp_path: Path, run: Run) -> None:
+    """Two ranks read one constant token, so that without dropout, or with the same, one rank's loss is both's."""
+    np.savez(tmp_path / "same.npz", train=np.full(5000, 7), val=np.full(50, 7))
+    common = (f"data={tmp_path / 'same.npz'}", "num_training_steps=1", "num_warmup_steps=0")
+    losses = {}
+    for ranks, p_dropout, G in ((1, 0.5, 1), (2, 0.5, 2), (1, 0.0, 1), (2, 0.0, 2)):
+        output_dir = tmp_path / f"{ranks}-{p_dropout}"
+        arguments = (*PLAIN, *common, f"global_batch_size={G}", f"p_dropout={p_dropout}", f"output_dir={output_dir}")
+        assert run("train", config_file, *arguments, ranks=ranks).returncode == 0
+        losses[ranks, p_dropout] = training_curve(output_dir)[0][1]
+    assert losses[2, 0.0] == pytest.approx(losses[1, 0.0], rel=1e-6)
+    assert losses[2, 0.5] != pytest.approx(losses[1, 0.5], rel=1e-6)
+
+
+def test_a_checkpoint_from_before_there_were_layouts_goes_on(config_file: Path, tmp_path: Path) -> None:
+    start(config_file)
+    found, _ = checkpoint.newest(tmp_path / "run")
+    assert found is not None
+    del found.state["execution"]["layout"], found.state["skipped"]
+    for key in ("parallel", "activation_checkpointing", "mask_documents", "max_minutes", "hang_minutes"):
+        del found.state["config"][key]
+    (found.path / "state.json").write_text(json.dumps(found.state))
+    files = checkpoint.describe_files(found.path)
+    (found.path / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+    start(config_file, "num_training_steps=14")
+    assert [step for step, _, _ in training_curve(tmp_path / "run")] == list(range(1, 15))
 
 
 def test_the_run_learns(curves: dict[str, list[tuple[int, float, float]]]) -> None:
@@ -469,4 +520,7 @@ def test_memory_that_is_not_there_costs_no_earlier_run(config_file: Path, tmp_pa
         ["bash", "-c", line], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 6 and "Traceback" not in done.stderr
-    assert contents(tmp_path) == before
+    after = contents(tmp_path)
+    assert json.loads(after.pop("run/status.json"))["code"] == 6
+    del before["run/status.json"]
+    assert after == before
