@@ -19,9 +19,9 @@ import yaml
 from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from distgpt.errors import ConfigError, Parser, leave, run_command
+from distgpt.errors import ConfigError, Parser, file_name, leave, run_command
 from distgpt.plan import BatchPlan, Layout, Sizes, Work, count, layouts, table
-from distgpt.source import CONSTANTS, NUMBER, YAML_1_1_BOOLEANS, Key, Source, dotted, read_source
+from distgpt.source import CONSTANTS, MOST_PROBLEMS, NUMBER, YAML_1_1_BOOLEANS, Key, Source, dotted, read_source
 
 Text = Annotated[str, Strict(), Field(min_length=1, max_length=4096)]
 Size = Annotated[int, Strict(), Field(ge=1, le=2**20)]
@@ -186,7 +186,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     source = read_source(path, overrides)
     config = validate(source, str(path))
     if source.problems:
-        raise ConfigError("\n".join(line for _, line in source.problems), everywhere=True)
+        lines = [line for _, line in source.problems]
+        if source.left_out:
+            lines.append(f"{path}: and {source.left_out:,} more problems, left out here; mend these first")
+        raise ConfigError("\n".join(lines), everywhere=True)
     assert config is not None
     return config
 
@@ -219,7 +222,9 @@ def validate(source: Source, path: str) -> Config | None:
     try:
         config = TypeAdapter(Config).validate_python(source.values)
     except ValidationError as error:
-        for detail in error.errors():
+        details = error.errors()
+        source.left_out += len(details[MOST_PROBLEMS:])
+        for detail in details[:MOST_PROBLEMS]:
             key = tuple(map(str, detail["loc"]))
             known = key in described or detail["type"] == "unexpected_keyword_argument"
             key = key if known else key[:-1]  # pydantic names the arm of a union last
@@ -256,6 +261,9 @@ def shown(value: Any) -> str:
 def suggestion(key: Key, described: Mapping[Key, KeyInfo]) -> str:
     """`; did you mean ...?` with the nearest known key, or where the list of keys is."""
     by_name = {dotted(known): known for known in described}
+    if dotted(key) in by_name:
+        *sections, last_name = by_name[dotted(key)]
+        return f"; dots lead into sections on the command line only: indent {last_name} below {dotted(sections)}"
     near = difflib.get_close_matches(dotted(key), by_name, n=1, cutoff=0.75)
     if not near:
         last = {known[-1]: name for name, known in by_name.items()}
@@ -300,8 +308,9 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
             "leave it out or set the strategy",
         )
     for name in ("output_dir", "data", "tokenizer_encoding"):
-        if "\0" in (getattr(config, name) or ""):
-            yield name, "got a NUL character, which no path holds; remove it"
+        found = [c for c in getattr(config, name) or "" if c < " " or c == "\x7f"]
+        if found:
+            yield name, f"got the control character {found[0]!r}, expected a name or path without; remove it"
 
 
 # Describing: the same dataclasses, as text.
@@ -389,7 +398,7 @@ def config_parser(prog: str, description: str) -> Parser:
     parser = Parser(
         prog=prog, description=description, epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/GPT-tiny.yaml")
+    parser.add_argument("config", type=file_name, metavar="CONFIG", help="YAML file, such as configs/GPT-tiny.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="replaces a key of the file")
     return parser
 

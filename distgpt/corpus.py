@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from distgpt.config import Config
-from distgpt.errors import DataError, MachineError
+from distgpt.errors import DataError, MachineError, one_line
 from distgpt.shards import TokenArray, open_tokens, smallest_dtype, write_npz
 from distgpt.tokenizer import Tokenizer
 
@@ -61,7 +61,8 @@ def open_corpus(config: Config, tokenizer: Tokenizer) -> Tokens:
     for name in ("train", "val"):
         if name not in arrays:
             raise DataError(
-                f"{path}: has arrays {', '.join(sorted(arrays)) or 'none'}, expected train and val; add {name}"
+                f"{path}: has arrays {one_line(', '.join(sorted(arrays)[:9])) or 'none'}, expected train and val; "
+                f"add {name}"
             )
         if len(arrays[name]) < 2:
             raise DataError(

@@ -30,7 +30,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError."""
-        raise ConfigError(f"command line: {message}; --help shows what is expected", everywhere=True)
+        raise ConfigError(f"command line: {one_line(message)}; --help shows what is expected", everywhere=True)
+
+
+def file_name(text: str) -> str:
+    """A path from the command line, for `type=` of an argument; refuses what could not be named in one line."""
+    if not text or "\n" in text:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a path on one line; give another or rename it")
+    return text
+
+
+def one_line(text: str) -> str:
+    """The text with what would break or repaint a line written out, such as \\n."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class ConfigError(UserError):
@@ -84,15 +96,22 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> int:
         if found is None:
             raise
         code, text = found
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        first = speaks_first()
         if first or not getattr(error, "everywhere", False):
             rank = "" if first else f"rank {os.environ.get('RANK', '?')}: "
-            print("\n".join(f"distgpt: error: {rank}{line}" for line in text.splitlines()), file=sys.stderr)
+            print("\n".join(f"distgpt: error: {rank}{one_line(line)}" for line in text.split("\n")), file=sys.stderr)
         return code
     except KeyboardInterrupt:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if speaks_first():
             print("distgpt: interrupted; a training run goes on from its last checkpoint", file=sys.stderr)
         return 130
+
+
+def speaks_first() -> bool:
+    """Whether this process speaks for its machine: all do but those that torchrun started after the first."""
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    started_by_torchrun = {"RANK", "WORLD_SIZE"} <= os.environ.keys() and local_rank.isdecimal()
+    return not started_by_torchrun or int(local_rank) == 0
 
 
 def diagnose(error: BaseException) -> tuple[int, str] | None:
@@ -101,7 +120,8 @@ def diagnose(error: BaseException) -> tuple[int, str] | None:
         return error.exit_code, str(error)
     if isinstance(error, OSError) and error.strerror is not None:
         place = error.filename or "a file or stream"
-        return MachineError.exit_code, f"{place}: {error.strerror}; mend that and run the same command again"
+        text = f"{place}: {error.strerror}; mend that and run the same command again"
+        return MachineError.exit_code, one_line(text)
     out_of_memory = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
     if out_of_memory:  # torch's errors of this kind are RuntimeErrors
         reason = (str(error).splitlines() or ["out of memory"])[0]

@@ -13,9 +13,12 @@ from typing import Any
 
 import yaml
 
-from distgpt.errors import ConfigError
+from distgpt.errors import ConfigError, one_line
 
 MAX_CONFIG_BYTES, MAX_DEPTH = 2**16, 8
+MOST_PROBLEMS = 20
+"""Of one config that are told at once; the rest is counted."""
+COMMAND_LINE = "command line"
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 NUMBER = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 CONSTANTS = {"true": True, "True": True, "false": False, "False": False, "null": None, "~": None, "": None}
@@ -33,11 +36,23 @@ class Source:
     problems: list[tuple[Key, str]] = dataclasses.field(default_factory=list)
     ambiguous: set[Key] = dataclasses.field(default_factory=set)
     """Keys given as an unquoted yes, no, on or off: text here, but booleans to other YAML readers."""
+    left_out: int = 0
+    """Problems past MOST_PROBLEMS."""
 
     def report(self, key: Key, place: str, text: str) -> None:
         """Add a problem, unless this key has one already: one mistake is one line."""
-        if not key or all(key != reported for reported, _ in self.problems):
-            self.problems.append((key, f"{place}: {dotted(key)}: {text}" if key else f"{place}: {text}"))
+        if key and any(key == reported for reported, _ in self.problems):
+            return
+        if len(self.problems) == MOST_PROBLEMS:
+            self.left_out += 1
+            return
+        name = dotted(key) if len(dotted(key)) <= 100 else dotted(key)[:97] + "..."
+        self.problems.append((key, one_line(f"{place}: {name}: {text}" if key else f"{place}: {text}")))
+
+    def forget(self, key: Key) -> None:
+        """Drop what is known of a key, and of those below it, before another value replaces it."""
+        self.places = {other: place for other, place in self.places.items() if other[: len(key)] != key}
+        self.ambiguous = {other for other in self.ambiguous if other[: len(key)] != key}
 
 
 def read_source(path: str | Path, overrides: Sequence[str]) -> Source:
@@ -69,44 +84,52 @@ def read_text(path: str | Path) -> str:
 
 
 def compose(text: str, source_name: str) -> yaml.Node | None:
-    """YAML text as nodes. Aliases are refused: expanded, a few lines of them fill any memory."""
+    """YAML text as nodes.
+
+    Aliases are refused: expanded, a few lines of them fill any memory. So are tags: a value is what it looks like.
+    """
     try:
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            line = event.start_mark.line + 1 if event.start_mark else 1
+            place = at(source_name, event.start_mark.line if event.start_mark else 0)
             if isinstance(event, yaml.AliasEvent):
-                raise ConfigError(f"{source_name}:{line}: got an alias (*), which configs do not use; repeat the value")
+                raise ConfigError(f"{place}: got an alias (*), which configs do not use; repeat the value")
+            if tag := getattr(event, "tag", None):
+                short = tag.replace("tag:yaml.org,2002:", "!!")
+                raise ConfigError(f"{place}: got the tag {short!r}, expected a plain or quoted value; remove the tag")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
-                raise ConfigError(f"{source_name}:{line}: nested too deeply; expected `key: value` lines")
+                raise ConfigError(f"{place}: nested too deeply; expected `key: value` lines")
         node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
         return node
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f"{source_name}:{mark.line + 1}" if mark else source_name
-        raise ConfigError(f"{place}: not valid YAML: {error.problem}; expected `key: value` lines") from None
+        place = at(source_name, error.problem_mark.line) if error.problem_mark else source_name
+        reason = one_line(str(error.problem))
+        raise ConfigError(f"{place}: not valid YAML: {reason}; mend it, or quote what is text") from None
     except yaml.reader.ReaderError as error:
-        raise ConfigError(
-            f"{source_name}: not valid YAML: character {error.character!r} at byte {error.position}; remove it"
-        ) from None
+        place = at(source_name, text.count("\n", 0, error.position))
+        raise ConfigError(f"{place}: not valid YAML: got the character {text[error.position]!r}; remove it") from None
+    except (ValueError, OverflowError) as error:  # of an escape such as "\UFFFFFFFF", or a number in a directive
+        raise ConfigError(f"{source_name}: not valid YAML: {error}; expected `key: value` lines") from None
+
+
+def at(source_name: str, line: int) -> str:
+    """The place of a line, counted from 0; the command line has but one."""
+    return source_name if source_name.startswith(COMMAND_LINE) else f"{source_name}:{line + 1}"
 
 
 def convert(node: yaml.Node, key: Key, source_name: str, source: Source) -> Any:
     """A node's plain value. Only what YAML 1.1 and 1.2 read alike has a meaning; the rest stays text or is refused."""
-    place = source_name if source_name == COMMAND_LINE else f"{source_name}:{node.start_mark.line + 1}"
     if key:
-        source.places[key] = place
-    if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
-        source.report(key, place, f"got the tag {node.tag!r}, expected a plain value; remove it")
-        return None
+        source.places[key] = at(source_name, node.start_mark.line)
     if isinstance(node, yaml.SequenceNode):
         return [convert(child, key, source_name, source) for child in node.value]
     if isinstance(node, yaml.MappingNode):
         values: dict[str, Any] = {}
         for name_node, child in node.value:
-            name = str(name_node.value) if isinstance(name_node, yaml.ScalarNode) else "?"
+            name = one_line(str(name_node.value)) if isinstance(name_node, yaml.ScalarNode) else "?"
             if name in values:
-                again = f"{source_name}:{name_node.start_mark.line + 1}"
+                again = at(source_name, name_node.start_mark.line)
                 source.report((*key, name), again, f"given twice (first at {source.places[*key, name]}); remove one")
             else:
                 values[name] = convert(child, (*key, name), source_name, source)
@@ -123,9 +146,6 @@ def convert(node: yaml.Node, key: Key, source_name: str, source: Source) -> Any:
     return float(text) if NUMBER.fullmatch(text) else text
 
 
-COMMAND_LINE = "command line"
-
-
 def apply_override(override: str, source: Source) -> None:
     """Set one `key=value` (dots lead into sections) over the file's values."""
     name, equals, text = override.partition("=")
@@ -133,17 +153,24 @@ def apply_override(override: str, source: Source) -> None:
         hint = f"; options start with --, as in --{name}" if name in ("fresh", "help", "debug") else ""
         source.report((), COMMAND_LINE, f"got {override!r}, expected key=value, as in max_lr=1e-3{hint}")
         return
+    name = one_line(name)
     key = tuple(name.split("."))
     if len(key) > MAX_DEPTH:
         source.report((), COMMAND_LINE, f"got {name[:40]!r}..., expected at most {MAX_DEPTH} names; shorten it")
         return
-    node = compose(text, COMMAND_LINE)
+    try:
+        node = compose(text, f"{COMMAND_LINE}: {name}")
+    except ConfigError as error:
+        source.problems.append((key, str(error)))
+        return
     values = source.values
-    for part in key[:-1]:
+    for depth, part in enumerate(key[:-1], 1):
+        source.places.setdefault(key[:depth], COMMAND_LINE)
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
             source.report(key, COMMAND_LINE, f"{part} is a single value and has no keys; leave out the dot")
             return
+    source.forget(key)
     value = None if node is None else convert(node, key, COMMAND_LINE, source)
     source.places[key] = COMMAND_LINE
     values[key[-1]] = value
