@@ -62,7 +62,7 @@ class OptimizerConfig:
     """Added to the root of the squared mean before dividing by it."""
     weight_decay: Rate = 0.1
     """Decoupled weight decay, on matrices and embeddings only."""
-    grad_clip: Annotated[float, Strict(), Field(gt=0)] = 1.0
+    grad_clip: Annotated[float, Strict(), Field(gt=0, le=10**9)] = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
 
 
@@ -72,7 +72,7 @@ class EvalConfig:
 
     every: Steps = 500
     """Steps between validations."""
-    max_tokens: Annotated[int, Strict(), Field(ge=1)] = 2**16
+    max_tokens: Annotated[int, Strict(), Field(ge=1, le=10**12)] = 2**16
     """Most validation tokens scored each time during training."""
 
 
