@@ -78,6 +78,11 @@ class BatchPlan:
         """Forward passes per update, the same on every rank."""
         return math.ceil(self.sequences / (self.batch_size * self.ranks))
 
+    @property
+    def largest_micro_batch(self) -> int:
+        """Most sequences that any rank feeds through the model at a time."""
+        return math.ceil(math.ceil(self.sequences / self.ranks) / self.micro_steps)
+
     def micro_batches(self, rank: int) -> list[int]:
         """Sequences in each micro-step of `rank`; a size may be 0."""
         mine = len(range(rank, self.sequences, self.ranks))
@@ -191,7 +196,7 @@ def memory(work: Work, layout: Layout) -> dict[str, int]:
         activations += layer("none")
     logits = (work.matmul_bytes + 3 * FP32_BYTES) * sizes.outer_shapes[0][0]  # logits, softmax, two gradients
     embedding_gradient = FP32_BYTES * math.prod(sizes.outer_shapes[0])  # dense, before it is added to the head's
-    tokens = max(batch.micro_batches(0)) * work.seq_len
+    tokens = batch.largest_micro_batch * work.seq_len
     return {
         "weights": FP32_BYTES * mine,
         "moments": 2 * FP32_BYTES * mine,
@@ -271,7 +276,7 @@ def table(work: Work, columns: list[Layout], reduce_gradients: str, device_bytes
         copies = f" {layout.ranks // layout.shard_ranks} x {layout.shard_ranks}" if layout.strategy == "hsdp" else ""
         cells = {
             "GB on each rank": layout.strategy + copies,
-            "sequences at a time": f"{max(work.batch.micro_batches(0)):,}",
+            "sequences at a time": f"{work.batch.largest_micro_batch:,}",
             **{part: f"{n_bytes / gb:.3g}" for part, n_bytes in parts.items()},
             "total": f"{sum(parts.values()) / gb:.3g}",
             f"fits {device_bytes / gb:g} GB": "yes" if fits(work, layout, device_bytes) else "no",
