@@ -9,6 +9,7 @@ import hashlib
 import json
 import lzma
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,9 @@ from distgpt.errors import CheckpointError, ConfigError, MachineError
 
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 """Of the embedded rank file; the hash that tiktoken pins for the same file."""
+
+MOST_IDS, MOST_BYTES = 2**24, 2**26
+"""Larger vocabularies and rank files are taken for damage; the largest known has 201,088 ids in 3.6 MB."""
 
 RANKS_FILE, DETAILS_FILE = "ranks.tiktoken", "tokenizer.json"
 
@@ -106,13 +110,23 @@ def load_saved(folder: Path) -> Tokenizer:
 
 
 def build(name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int]) -> Tokenizer:
-    """A tokenizer from its parts; without special tokens, end-of-text takes the next free id. Raises ValueError."""
+    """A tokenizer from its parts; without special tokens, end-of-text takes the next free id. Raises ValueError.
+
+    What tiktoken would not survive is found before: its Rust code panics over two tokens of one id.
+    """
     missing = [value for value in range(256) if bytes([value]) not in ranks]
     if missing:
         raise ValueError(f"no token for byte {missing[0]} (and {len(missing) - 1} others): some texts have no encoding")
     if not all(isinstance(token, str) and isinstance(rank, int) and rank >= 0 for token, rank in special.items()):
         raise ValueError(f"special tokens {special}, expected texts with ids")
     special = special or {ENDOFTEXT: max(ranks.values()) + 1}
+    if ENDOFTEXT not in special:
+        raise ValueError(f"special tokens {', '.join(special)}, expected {ENDOFTEXT} among them")
+    ids = sorted([*ranks.values(), *special.values()])
+    if not 0 <= ids[0] <= ids[-1] < MOST_IDS:
+        raise ValueError(f"ids from {ids[0]} to {ids[-1]}, expected 0 to {MOST_IDS - 1} at most")
+    if twice := [one for one, other in pairwise(ids) if one == other]:
+        raise ValueError(f"two tokens with id {twice[0]}, expected an id for each")
     return Tokenizer(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
 
 
@@ -128,7 +142,13 @@ def embedded_ranks() -> dict[bytes, int]:
 def from_file(path: str) -> Tokenizer:
     """The tokenizer whose ranks a .tiktoken file holds; raises ConfigError naming what is wrong."""
     try:
-        ranks = parse_ranks(Path(path).read_bytes())
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("a folder or device")
+        with Path(path).open("rb") as file:
+            raw = file.read(MOST_BYTES + 1)
+        if len(raw) > MOST_BYTES:
+            raise ValueError(f"larger than {MOST_BYTES:,} bytes, which no rank file is")
+        ranks = parse_ranks(raw)
         if set(ranks.values()) != set(range(len(ranks))):
             raise ValueError(f"the ranks of its {len(ranks)} tokens are not 0, 1, 2, ...")
         return build(Path(path).stem, r50k_pat_str, ranks, {})
