@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distgpt.corpus import window_count
 from distgpt.documents import Documents, find_documents
-from distgpt.errors import ConfigError, DataError, Parser, UserError, leave, run_command
+from distgpt.errors import ConfigError, DataError, Parser, UserError, file_name, leave, run_command
 from distgpt.loss import IGNORED
 from distgpt.plan import BatchPlan
 from distgpt.shards import TokenArray, open_tokens
@@ -177,7 +177,9 @@ def to_batch(windows: Sequence[np.ndarray], seq_len: int, size: int, end_of_text
 def main(arguments: Sequence[str]) -> None:
     """Check every token of a file and show what it holds."""
     parser = Parser(prog="python -m distgpt.data", description=main.__doc__)
-    parser.add_argument("path", metavar="PATH", help=".npz file with arrays train and val, or an .npy file")
+    parser.add_argument(
+        "path", type=file_name, metavar="PATH", help=".npz file with arrays train and val, or an .npy file"
+    )
     parser.add_argument("--tokenizer", default="gpt2", help="encoding of the tokens (default gpt2)")
     parser.add_argument("--seq-len", type=int, default=128, help="window length to count windows for (default 128)")
     options = parser.parse_args(arguments)

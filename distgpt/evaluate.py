@@ -18,7 +18,7 @@ from distgpt.checkpoint import load_trained
 from distgpt.config import Config
 from distgpt.corpus import open_corpus
 from distgpt.data import held_out_batches
-from distgpt.errors import DataError, Parser, leave, run_command
+from distgpt.errors import DataError, Parser, file_name, leave, run_command
 from distgpt.loss import IGNORED
 from distgpt.metrics import Score
 from distgpt.model import DecoderLM
@@ -68,6 +68,8 @@ def open_held_out(source: str | None, config: Config, tokenizer: Tokenizer) -> t
         return tokens.val, f"{tokens.path} (val)"
     path = Path(source)
     try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path}: got a folder or device, expected a token file or a text file; name one")
         with path.open("rb") as file:
             is_tokens = file.read(6).startswith((b"PK", b"\x93NUMPY"))
         if is_tokens:
@@ -89,14 +91,18 @@ def open_held_out(source: str | None, config: Config, tokenizer: Tokenizer) -> t
         raise DataError(f"{path}: neither a token file nor UTF-8 text (byte {error.start}); give one of them") from None
     if len(held_out) < 2:
         raise DataError(f"{path}: {name} has {len(held_out)} tokens, expected at least 2; give a longer one")
+    held_out.verify()
     return held_out, f"{path} ({name})"
 
 
 def main(arguments: Sequence[str]) -> None:
     """Score a trained model on held-out tokens or text."""
     parser = Parser(prog="python -m distgpt.evaluate", description=main.__doc__)
-    parser.add_argument("run", metavar="RUN", help="output_dir of a finished run, such as outputs/GPT-tiny")
-    parser.add_argument("--data", metavar="FILE", help=".npz, .npy or text file (default: the run's validation tokens)")
+    parser.add_argument(
+        "run", type=file_name, metavar="RUN", help="output_dir of a finished run, such as outputs/GPT-tiny"
+    )
+    text = ".npz, .npy or text file (default: the run's validation tokens)"
+    parser.add_argument("--data", type=file_name, metavar="FILE", help=text)
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps (default: the run's)")
     options = parser.parse_args(arguments)
     model, tokenizer, config = load_trained(Path(options.run))

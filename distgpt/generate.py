@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distgpt import world as worlds
 from distgpt.checkpoint import load_trained, replace_durably
-from distgpt.errors import ConfigError, DataError, Parser, leave, run_command
+from distgpt.errors import ConfigError, DataError, Parser, file_name, leave, run_command
 from distgpt.model import DecoderLM, KeyValueCache
 from distgpt.tokenizer import Tokenizer
 
@@ -110,6 +110,8 @@ def generate(
 def read_prefixes(path: Path) -> list[str]:
     """The `prefix` of each line of a JSON-lines file. Raises DataError naming the line."""
     try:
+        if path.is_char_device() or path.is_block_device():  # some never end
+            raise DataError(f"{path}: got a device, expected JSON lines; give a file")
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise DataError(f'{path}: cannot read: {error.strerror}; give a file with a {{"prefix": ...}} a line') from None
@@ -150,11 +152,14 @@ def encode_prompts(texts: Sequence[str], tokenizer: Tokenizer, n_positions: int,
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line, its numbers checked. Raises ConfigError."""
     parser = Parser(prog="python -m distgpt.generate", description=main.__doc__)
-    parser.add_argument("run", metavar="RUN", help="output_dir of a finished run, such as outputs/GPT-tiny")
+    parser.add_argument(
+        "run", type=file_name, metavar="RUN", help="output_dir of a finished run, such as outputs/GPT-tiny"
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated")
-    source.add_argument("--prefixes", metavar="FILE", help='JSON lines of {"prefix": ...}')
-    parser.add_argument("--output", metavar="FILE", help="where --prefixes writes (default: RUN/generation.jsonl)")
+    source.add_argument("--prefixes", type=file_name, metavar="FILE", help='JSON lines of {"prefix": ...}')
+    where = "where --prefixes writes (default: RUN/generation.jsonl)"
+    parser.add_argument("--output", type=file_name, metavar="FILE", help=where)
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="most tokens to add (default 64)")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default 0.8)")
     parser.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens (default: all)")
@@ -172,7 +177,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for name, (value, least) in limits.items():
         if value is not None and not (least <= value < math.inf):
             raise ConfigError(f"--{name.replace('_', '-')}: got {value}, expected a number from {least}; change it")
+    if options.output is not None:
+        check_output(Path(options.output), options.prompt is not None)
     return options
+
+
+def check_output(output: Path, prompted: bool) -> None:
+    """Raise ConfigError for a file that could not be written, before there is anything to write."""
+    if prompted:
+        raise ConfigError(f"--output: got {output} with --prompt, which prints; leave it out or use --prefixes")
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output: got {output}, but {output.parent} is no folder; make it or choose another file")
+    if output.exists() and not output.is_file():
+        raise ConfigError(f"--output: got {output}, a folder or device, expected a file; choose another")
 
 
 def main(arguments: Sequence[str]) -> None:
