@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from distgpt import checkpoint
 from distgpt import config as configs
+from distgpt import trained
 from distgpt import world as worlds
 from distgpt.check import check
 from distgpt.data import ShuffledReader
@@ -39,7 +39,7 @@ def run(steps: int, dtype: torch.dtype, output: Path, overrides: list[str]) -> N
     config = configs.load("configs/GPT-tiny.yaml", [f"output_dir={tempfile.mkdtemp()}", "device=cpu", *overrides])
     world = worlds.start("cpu")
     start = world.first_rank_first(lambda: check(config, fresh=True))
-    model = checkpoint.build_model(config, start.tokenizer).to(dtype)
+    model = trained.build_model(config, start.tokenizer).to(dtype)
     execution = Execution("fp32", False, "cpu", decide_layout(config, model.n_vocab, "fp32", world))
     running = parallelize(model, world, execution)
     optimizer = build_optimizer(model, config.optimizer)

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distgpt import checkpoint
+from distgpt import checkpoint, trained
 from distgpt import config as configs
 from distgpt.checkpoint import Checkpoint
 from distgpt.config import Config
@@ -41,6 +42,10 @@ MAY_CHANGE = {
 """Keys that may change when a run goes on. Of the batch keys and `data`, what they come to may not."""
 
 
+BYTES_SAVED = 12
+"""Of a parameter, in a checkpoint: its value and two moments."""
+
+
 @dataclass(frozen=True)
 class Start:
     """What a run begins with."""
@@ -56,22 +61,34 @@ class Start:
     """What the user should know before the run begins, a line each."""
 
 
-def check(config: Config, fresh: bool, source: Path | None = None) -> Start:
+def newest(config: Config, fresh: bool) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to go on from, unless the run is to start afresh, and why newer ones are passed over."""
+    return (None, []) if fresh else checkpoint.newest(Path(config.output_dir))
+
+
+def check(
+    config: Config,
+    fresh: bool,
+    source: Path | None = None,
+    found: tuple[Checkpoint | None, list[str]] | None = None,
+) -> Start:
     """Check all that a run needs and find where it begins. `fresh` ignores what is in the output folder.
 
     A run that has a checkpoint goes on from it; only a new one begins with the weights of the run in `source`.
+    `found` is what `newest` has found already: hashing takes a while.
 
     Raises a UserError; writes nothing but the sample corpus where it is needed (or a compressed .npz, unpacked).
     """
     output_dir = Path(config.output_dir)
     check_output_dir(output_dir)
     tokenizer = load_tokenizer(config.tokenizer_encoding)
-    found, notes = (None, []) if fresh else checkpoint.newest(output_dir)
-    if found is None and notes:
+    resume, rejected = newest(config, fresh) if found is None else found
+    notes = list(rejected)
+    if resume is None and notes:
         raise CheckpointError(
             "\n".join(notes) + f"\n{output_dir}: no checkpoint is sound; restore one, or start over with --fresh"
         )
-    if found is None and not fresh and any((output_dir / name).exists() for name in (checkpoint.WEIGHTS, "eval.json")):
+    if resume is None and not fresh and any((output_dir / name).exists() for name in (trained.WEIGHTS, "eval.json")):
         raise ConfigError(
             f"output_dir: {output_dir} holds a trained model and no checkpoint to go on from; "
             "choose another output_dir, or start over with --fresh, which deletes that model"
@@ -79,26 +96,27 @@ def check(config: Config, fresh: bool, source: Path | None = None) -> Start:
     tokens = open_corpus(config, tokenizer)
     if tokens.note:
         notes.append(tokens.note)
+    notes.extend(room_for_checkpoints(config, tokenizer))
     notes.extend(
         f"{name}.every is {every}, more than the {config.num_training_steps} steps of the run: only at its end"
         for name, every in (("eval", config.eval.every), ("checkpoint", config.checkpoint.every))
         if every > config.num_training_steps
     )
-    if found is None:
+    if resume is None:
         if source is not None:
             check_source(source, tokenizer)
         return Start(tokenizer, tokens, None, None, source, notes)
-    refuse_changes(config, tokenizer, tokens, found)
+    refuse_changes(config, tokenizer, tokens, resume)
     notes.extend(
-        f"{key} is now {new} (was {old})" for key, (new, old) in changes(config, found).items() if key != "output_dir"
+        f"{key} is now {new} (was {old})" for key, (new, old) in changes(config, resume).items() if key != "output_dir"
     )
-    return Start(tokenizer, tokens, found, finished_results(output_dir, found.step, config), None, notes)
+    return Start(tokenizer, tokens, resume, finished_results(output_dir, resume.step, config), None, notes)
 
 
 def check_source(source: Path, tokenizer: Tokenizer) -> None:
     """Raise CheckpointError unless `source` holds a finished run, ConfigError if its tokens are others."""
-    checkpoint.check_trained(source)
-    theirs = load_saved(source / checkpoint.TOKENIZER)
+    trained.check(source)
+    theirs = load_saved(source / trained.TOKENIZER)
     if theirs.fingerprint != tokenizer.fingerprint:
         raise ConfigError(
             f"tokenizer_encoding: got tokens of {tokenizer.fingerprint}, but {source} was trained on tokens of "
@@ -117,6 +135,29 @@ def check_output_dir(output_dir: Path) -> None:
     except (OSError, RecursionError) as error:
         reason = getattr(error, "strerror", "too many folders")
         raise MachineError(f"output_dir: cannot write in {str(existing)[:200]}: {reason}; choose another") from None
+
+
+def room_for_checkpoints(config: Config, tokenizer: Tokenizer) -> list[str]:
+    """A note where the disk has no room for all checkpoints; raises MachineError where it has none for one."""
+    one = BYTES_SAVED * config.model_config.sizes(tokenizer.n_vocab).parameters
+    most = config.checkpoint.keep + 2  # the best, and the one being written
+    folder = next(
+        path for path in (Path(config.output_dir), *Path(config.output_dir).absolute().parents) if path.exists()
+    )
+    free = shutil.disk_usage(folder).free
+    if free < one:
+        raise MachineError(
+            f"output_dir: {folder} has {free / 1e6:,.0f} MB free, expected {one / 1e6:,.0f} MB or more for a "
+            "checkpoint; make room or choose another"
+        )
+    return (
+        [
+            f"{folder} has {free / 1e6:,.0f} MB free, and up to {most} checkpoints of {one / 1e6:,.0f} MB are to be "
+            "there at a time"
+        ]
+        if free < most * one
+        else []
+    )
 
 
 def changes(config: Config, found: Checkpoint) -> dict[str, tuple[Any, Any]]:
@@ -159,7 +200,7 @@ def refuse_changes(config: Config, tokenizer: Tokenizer, tokens: Tokens, found: 
 
 def finished_results(output_dir: Path, step: int, config: Config) -> dict[str, Any] | None:
     """The results of a run that has made all its steps and been scored; None for one that has more to do."""
-    if step < config.num_training_steps or not (output_dir / checkpoint.WEIGHTS).is_file():
+    if step < config.num_training_steps or not (output_dir / trained.WEIGHTS).is_file():
         return None
     try:
         results = checkpoint.read_json(output_dir / "eval.json")

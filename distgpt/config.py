@@ -82,8 +82,8 @@ class CheckpointConfig:
 
     every: Steps = 250
     """Steps between checkpoints; the last step is always saved."""
-    keep: Annotated[int, Strict(), Field(ge=1, le=10**6)] = 2
-    """Newest checkpoints kept; older ones are deleted."""
+    keep: Annotated[int, Strict(), Field(ge=2, le=10**6)] = 2
+    """Newest valid checkpoints kept, besides the one of lowest validation loss; older ones are deleted."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SETTINGS)
@@ -98,6 +98,8 @@ class ParallelConfig:
     """fsdp, hsdp: free a layer's gathered weights after each use (less memory), or keep them a step (less traffic)."""
     reduce_gradients: Literal["auto", "each", "last"] = "auto"
     """fsdp, hsdp: exchange after each micro-step (less memory) or the last (less traffic); auto: last if it fits."""
+    compare_every: Steps = 100
+    """ddp, hsdp: steps between comparisons of the ranks' weights, bit by bit; each checkpoint is preceded by one."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SETTINGS)

@@ -1,7 +1,7 @@
 """What ends a command early: the errors a user can cause, their exit codes, and one line instead of a traceback.
 
-Exit codes: 0 done, 1 a bug of ours, 2 config, 3 data, 4 checkpoint, 5 numerics, 6 environment, 130 interrupted;
-`supervise` adds 75 stopped and saved, 76 another process lost.
+Exit codes: 0 done, 1 a bug of ours, 2 config, 3 data, 4 checkpoint, 5 numerics, 6 environment, 93 crashes without end,
+130 interrupted; `supervise` adds 75 stopped and saved, 76 another process lost.
 """
 
 from __future__ import annotations
@@ -73,6 +73,12 @@ class MachineError(UserError):
     """A machine, folder, library or network that lacks what the command needs."""
 
     exit_code = 6
+
+
+class CrashLoopError(UserError):
+    """A run that has crashed at the same step too often to be started again by itself."""
+
+    exit_code = 93
 
 
 def run_command(main: Callable[[Sequence[str]], int | None]) -> int:

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from distgpt import trained
 from distgpt import world as worlds
-from distgpt.checkpoint import load_trained
 from distgpt.config import Config
 from distgpt.corpus import open_corpus
 from distgpt.data import held_out_batches
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--data", type=file_name, metavar="FILE", help=text)
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps (default: the run's)")
     options = parser.parse_args(arguments)
-    model, tokenizer, config = load_trained(Path(options.run))
+    model, tokenizer, config = trained.load(Path(options.run))
     world = worlds.start(options.device or config.device)
     held_out, name = world.first_rank_first(lambda: open_held_out(options.data, config, tokenizer))
     parallelize(model, world, Execution(decide_precision(config, world), False, world.device.type))

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distgpt import trained
 from distgpt import world as worlds
-from distgpt.checkpoint import load_trained, replace_durably
+from distgpt.durable import replace
 from distgpt.errors import ConfigError, DataError, Parser, file_name, leave, run_command
 from distgpt.model import DecoderLM, KeyValueCache
 from distgpt.tokenizer import Tokenizer
@@ -197,7 +198,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
     run = Path(options.run)
     texts = options.prompt or read_prefixes(Path(options.prefixes))
-    model, tokenizer, _ = load_trained(run)
+    model, tokenizer, _ = trained.load(run)
     prompts = encode_prompts(texts, tokenizer, model.n_positions, model.end_of_text is not None)
     model.to(worlds.choose_device(options.device, 0, 1))
     sampling = Sampling(options.temperature, options.top_k, options.seed)
@@ -217,7 +218,7 @@ def main(arguments: Sequence[str]) -> None:
         output = Path(options.output or run / "generation.jsonl")
         rows = [{"prefix": text, "generation": new} for text, new in zip(texts, generations, strict=True)]
         try:
-            replace_durably(output, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            replace(output, "".join(json.dumps(row) + "\n" for row in rows).encode())
         except OSError as error:
             raise ConfigError(f"--output: cannot write {output}: {error.strerror}; choose another file") from None
         print(f"{len(rows)} generations written to {output}")

@@ -16,8 +16,11 @@ from typing import Any, cast
 import torch
 from tqdm import tqdm
 
+from distgpt import durable
 from distgpt.config import Config
 from distgpt.world import World, is_interactive, wandb_logged_in
+
+RECORD = "metrics.jsonl"
 
 PEAK_TFLOPS = {
     "NVIDIA A100": 312,
@@ -81,6 +84,7 @@ class Log:
         self,
         config: Config,
         first_step: int,
+        validated: bool,
         flops_per_token: int,
         peak: float | None,
         ranks: int,
@@ -90,10 +94,12 @@ class Log:
         self.tokens_per_step = config.tokens_per_step
         self.peak, self.ranks = peak, ranks
         self.last_step = first_step
+        self.warned = False
         self.val_loss: float | None = None
-        self.path = Path(config.output_dir) / "metrics.jsonl"
-        truncate(self.path, first_step)
-        self.file = self.path.open("a", encoding="utf-8")
+        path = Path(config.output_dir) / RECORD
+        truncate(path, first_step, validated)
+        self.file = path.open("ab", buffering=0)
+        self.unwritten = b""
         self.wandb = start_wandb(config, wandb_run_id)
         total = config.num_training_steps
         self.bar = tqdm(
@@ -161,6 +167,11 @@ class Log:
         self.say(f"memory  {' to '.join(ends) or 'n/a'} at most on each rank so far")
         self.restart_clock()
 
+    def saving(self, step: int, waited_seconds: float) -> None:
+        """Record for how long training waited for a checkpoint."""
+        self.record({"step": step, "checkpoint-wait-seconds": round(waited_seconds, 4)})
+        self.restart_clock()
+
     def evaluation(self, step: int, score: Score) -> None:
         """Show and record a validation."""
         self.val_loss = score.loss
@@ -176,8 +187,13 @@ class Log:
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 values[name] = None  # JSON has no NaN
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        self.unwritten += json.dumps(values).encode() + b"\n"
+        try:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:  # training goes on, and the record with it once there is room
+            if not self.warned:
+                self.say(f"warning: {RECORD}: {error.strerror}; it goes on once that is mended")
+            self.warned = True
         if self.wandb is not None:
             self.wandb.send(values)
 
@@ -209,20 +225,22 @@ def open_log(world: World, **settings: Any) -> Log:
     return Log(ranks=world.size, **settings) if world.is_first else cast(Log, Silence())
 
 
-def truncate(path: Path, step: int) -> None:
-    """Drop what an earlier run recorded after `step`, the step that it is continued from."""
+def truncate(path: Path, step: int, validated: bool) -> None:
+    """Drop what an earlier run recorded after `step`, the step that it is continued from.
+
+    Unless `step` has been `validated`, its validation is dropped too: it was interrupted, and is made again.
+    """
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            row = json.loads(line)
+            if row["step"] < step or (row["step"] == step and (validated or "val-loss" not in row)):
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             pass  # a line that a crash cut short
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+    durable.replace(path, "".join(kept).encode())
 
 
 def duration(seconds: float) -> str:

@@ -6,6 +6,7 @@ Every rank calls every function here.
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from distgpt.config import Config
-from distgpt.errors import ConfigError, MachineError
+from distgpt.errors import ConfigError, MachineError, NumericsError
 from distgpt.loss import exp_rows
 from distgpt.model import DecoderLM
 from distgpt.plan import Layout, fits, settle
@@ -195,6 +196,34 @@ class Running:
         else:
             yield
 
+    def check_replicas(self, step: int, world: World) -> None:
+        """Raise NumericsError, on every rank, unless all ranks that hold the same weights hold the same bits of them.
+
+        A fault of memory or of a processor makes them differ without a sign in the loss. Every rank calls.
+        """
+        shard_ranks = self.layout.shard_ranks
+        if shard_ranks == world.size:
+            return
+        mine = [local(p.detach()) for p in self.module.parameters()]
+        hashes = torch.stack([torch.hash_tensor(part).view(torch.int64) for part in mine if part.numel()])
+        everyone = world.gather(hashlib.sha256(repr(hashes.tolist()).encode()).hexdigest())
+        for shard in range(shard_ranks):
+            ranks = range(shard, world.size, shard_ranks)
+            found = [everyone[rank] for rank in ranks]
+            most = max(found, key=found.count)
+            odd = [rank for rank in ranks if everyone[rank] != most]
+            if odd:
+                who = (
+                    f"rank {odd[0]} holds"
+                    if found.count(most) > len(ranks) / 2
+                    else f"ranks {ranks[0]} and {odd[0]} hold"
+                )
+                raise NumericsError(
+                    f"step {step}: {who} other weights than the rest, expected the same bits on ranks {list(ranks)}; "
+                    "suspect its memory or processor; the same command goes on from the last checkpoint",
+                    everywhere=True,
+                )
+
     @torch.no_grad()
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale the gradient down to `max_norm` if it is longer; returns its global norm, the same on every rank."""
@@ -204,6 +233,11 @@ class Running:
             norm = norm.full_tensor()
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def parallelize(model: DecoderLM, world: World, execution: Execution, weights: Weights | None = None) -> Running:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import lzma
 import os
 import shutil
+import time
 import zipfile
 import zlib
 from dataclasses import dataclass, replace
@@ -17,7 +18,11 @@ from typing import BinaryIO
 
 import numpy as np
 
+from distgpt import durable
 from distgpt.errors import DataError
+
+RETRY_SECONDS = (0.1, 1.0, 3.0)
+"""Pauses before reading again what could not be read."""
 
 SCAN_TOKENS = 2**20
 """Tokens looked at in one piece when a whole array is checked."""
@@ -50,10 +55,7 @@ class TokenArray:
         wanted, position = (stop - start) * itemsize, self.offset + start * itemsize
         pieces, missing = [], wanted
         while missing:
-            try:
-                piece = os.pread(self.descriptor, missing, position + wanted - missing)
-            except OSError as error:
-                raise DataError(f"{self.path}: cannot read at byte {position}: {error.strerror}") from None
+            piece = read_patiently(self, missing, position + wanted - missing)
             if not piece:
                 size = os.fstat(self.descriptor).st_size
                 raise DataError(
@@ -92,6 +94,21 @@ class TokenArray:
                 f"{self.path}: {self.name} has checksum {found:08x}, expected {expected:08x} as the file says; "
                 "it is damaged: fetch or make it again"
             )
+
+
+def read_patiently(array: TokenArray, size: int, position: int) -> bytes:
+    """Up to `size` bytes; what a network file system answers wrongly once is asked for again. Raises DataError."""
+    for pause in (*RETRY_SECONDS, None):
+        try:
+            return os.pread(array.descriptor, size, position)
+        except OSError as error:
+            if pause is None:
+                raise DataError(
+                    f"{array.path}: cannot read at byte {position}: {error.strerror}, {len(RETRY_SECONDS) + 1} times; "
+                    "mend the disk or network and run the same command again"
+                ) from None
+            time.sleep(pause)
+    raise AssertionError
 
 
 def open_tokens(path: str | Path) -> dict[str, TokenArray]:
@@ -171,15 +188,8 @@ def unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> Pat
                 f"{path}: {member.filename} is compressed and needs {member.file_size:,} bytes unpacked, but {folder} "
                 f"has {free:,} free; make room, or save it with numpy.savez instead of savez_compressed"
             )
-        partial = target.with_suffix(f".{os.getpid()}.partial")
-        try:
-            with archive.open(member) as packed, partial.open("wb") as file:
-                shutil.copyfileobj(packed, file, 2**20)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with durable.replacing(target) as partial, archive.open(member) as packed, partial.open("wb") as file:
+            shutil.copyfileobj(packed, file, 2**20)
     except OSError as error:
         raise DataError(
             f"{path}: compressed, and cannot be unpacked to {folder}: {error.strerror}; "
@@ -233,15 +243,8 @@ def read_npy_header(file: BinaryIO, place: str) -> tuple[tuple[int, ...], np.dty
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write arrays as an uncompressed .npz: complete under its name, or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with durable.replacing(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def smallest_dtype(n_vocab: int) -> np.dtype:

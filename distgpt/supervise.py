@@ -1,4 +1,4 @@
-"""What may end a run: signals, the time limit, a lost peer, a hang; the lock on the output folder; `status.json`.
+"""What may end a run: signals, the time limit, a lost peer, a hang.
 
 Imports no torch, which takes seconds to load: signals are heard before it is.
 """
@@ -6,21 +6,19 @@ Imports no torch, which takes seconds to load: signals are heard before it is.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import faulthandler
-import fcntl
-import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Self, TextIO
+from typing import TYPE_CHECKING, NoReturn, Self
 
-from distgpt.errors import MachineError, diagnose, leave, run_command
+from distgpt.checkpoint import on_disk
+from distgpt.errors import diagnose, leave, run_command
+from distgpt.lock import Lock, read_status
 
 if TYPE_CHECKING:
     from distgpt.world import World
@@ -41,10 +39,6 @@ LOST_SECONDS = 2.0
 
 SILENT_SECONDS = 4.0
 """The same when all that says so is a signal, which may have come from the user."""
-
-LOCK_SECONDS = 8
-"""How long to wait for the lock: workers of a launcher that was killed notice within 5 s."""
-
 
 FAILED, LEAVING = "failed:", "leaving"
 """What a rank that ends tells the others: because of an error of its own, or because of another rank."""
@@ -103,9 +97,11 @@ class Supervisor:
     def __init__(self, output_dir: Path, max_minutes: float | None, hang_seconds: float, world: World) -> None:
         self.output_dir, self.world, self.hang_seconds = output_dir, world, hang_seconds
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
-        self.step, self.saved_step = 0, 0
+        self.lock: Lock | None = None
+        self.step = 0
+        self.began = False
+        """Whether steps are being made. Before, nothing can be lost: a rank that is told to stop leaves at once."""
         self.progressed, self.progressed_at = 0, time.monotonic()
-        self.lock: TextIO | None = None
         self.vote = world.open_vote()
         self.peers = world.open_peers()
         self.closed = threading.Event()
@@ -132,53 +128,45 @@ class Supervisor:
             self.peers.tell(LEAVING)  # it may take another rank longer
         self.closed.set()
         if self.lock is not None:
-            self.lock.close()
+            self.lock.release()
             self.lock = None
 
     def take_lock(self) -> bool:
-        """Own the output folder until this process ends; whether that took a wait for another. Rank 0 calls.
+        """Own the output folder until this process ends; whether another run had to end first. Rank 0 calls."""
+        self.lock = Lock(self.output_dir, self.world.restarts)
+        return self.lock.waited
 
-        Raises MachineError if another run keeps it.
-        """
-        waited = False
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        file = (self.output_dir / ".lock").open("a")
-        until = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > until:
-                    owner = read_status(self.output_dir)
-                    process = f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('at')}"
-                    raise MachineError(
-                        f"output_dir: {self.output_dir} is in use by {process}; stop that run or choose another",
-                        everywhere=True,
-                    ) from None
-                waited = True
-                time.sleep(0.2)
-        self.lock = file
-        self.status("starting")
-        return waited
+    def begin(self, step: int) -> None:
+        """Note that everything is ready and that steps follow, after `step`. Every rank calls."""
+        self.began = True
+        self.obey(step)
 
     def progress(self) -> None:
         """Note that the run is getting on."""
         self.progressed, self.progressed_at = self.progressed + 1, time.monotonic()
 
     def obey(self, step: int) -> None:
-        """Raise Stopped, on all ranks at the same call, if any of them has been told to stop. Every rank calls."""
+        """Raise Stopped, on all ranks at the same call, if any of them has been told to stop. Every rank calls.
+
+        `step` is the last that has been made.
+        """
         self.step = step
+        if self.lock is not None:
+            self.lock.at_step(step + 1)
         self.progress()
-        mine = REASONS.index(heard[0][1]) if heard else int(time.monotonic() > self.deadline)
-        if reason := REASONS[self.vote(mine)]:
+        if reason := REASONS[self.vote(REASONS.index(self.told_to_stop()))]:
             raise Stopped(reason)
 
+    def told_to_stop(self) -> str:
+        """The signal that this rank has heard, or that its time is up; else nothing."""
+        if heard:
+            return heard[0][1]
+        return "time limit" if time.monotonic() > self.deadline else ""
+
     def status(self, state: str, reason: str = "", code: int | None = None) -> None:
-        """Write `status.json`, on the rank that holds the lock; a full disk is no reason to fail."""
+        """Write `status.json`, on the rank that holds the lock."""
         if self.lock is not None:
-            with contextlib.suppress(OSError):
-                write_status(self.output_dir, {"state": state, "step": self.step, "reason": reason, "code": code})
+            self.lock.status(state, self.step, reason, code)
 
     def stopped(self, reason: str) -> int:
         """Report the end of a run that was told to stop, everything saved; returns its exit code.
@@ -189,6 +177,13 @@ class Supervisor:
         if self.world.is_first:
             say(f"distgpt: stopped after step {self.step} ({reason}), everything saved; the same command goes on")
         return 0 if self.world.grouped else STOPPED
+
+    def stop_before_it_began(self, reason: str) -> NoReturn:
+        """End this process, and through the board all others, where no rank has anything to save."""
+        if self.peers is not None:
+            self.peers.stop(reason)
+            self.peers.tell(LEAVING)
+        os._exit(self.stopped(reason))
 
     def beat(self) -> None:
         """Give a sign of life; leave if torchrun has not."""
@@ -229,6 +224,10 @@ class Supervisor:
                 self.beat()
                 if heard and (lost := self.lost_peers(SILENT_SECONDS)):  # torchrun stops the others when one has died
                     self.leave(" and ".join(lost))
+                if not self.began and (reason := self.told_to_stop()):
+                    self.stop_before_it_began(reason)
+                if self.peers is not None and (reason := self.peers.stopping()):
+                    self.stop_before_it_began(reason)
                 if time.monotonic() - self.progressed_at > self.hang_seconds:
                     self.report_hang()
             except RuntimeError as error:  # of the store, which the launcher keeps
@@ -249,34 +248,13 @@ class Supervisor:
         if self.peers is not None and tell:
             self.peers.tell(LEAVING)
         self.status("failed", reason, PEER_LOST)
-        saved = f"checkpoint of step {self.saved_step}" if self.saved_step else "beginning"
+        newest = max((step for step, _ in on_disk(self.output_dir)), default=0)
+        saved = f"checkpoint of step {newest}" if newest else "beginning"
         say(
             f"distgpt: error: rank {self.world.rank}, step {self.step}: {reason}; "
             f"the same command goes on from the {saved}"
         )
         os._exit(PEER_LOST)
-
-
-def now() -> str:
-    """The date and time, in UTC."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def write_status(output_dir: Path, status: dict[str, Any]) -> None:
-    """Replace `status.json`: state (starting, running, finished, stopped, failed), step, reason, code, and whose."""
-    process = {"pid": os.getpid(), "launcher": os.getppid(), "host": socket.gethostname(), "at": now()}
-    partial = output_dir / ".status.json.partial"
-    partial.write_text(json.dumps(status | process) + "\n", encoding="utf-8")
-    partial.replace(output_dir / "status.json")
-
-
-def read_status(output_dir: Path) -> dict[str, Any]:
-    """What `status.json` holds; nothing if there is none."""
-    try:
-        status = json.loads((output_dir / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return status if isinstance(status, dict) else {}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,21 +22,22 @@ if __name__ == "__main__":
 
 import torch
 
-from distgpt import checkpoint
+from distgpt import check, checkpoint, durable, trained
 from distgpt import config as configs
 from distgpt import world as worlds
-from distgpt.check import Start, changes, check
+from distgpt.check import Start, changes
 from distgpt.checkpoint import Checkpoint
 from distgpt.config import Config
 from distgpt.corpus import ORDER_VERSION, window_count
 from distgpt.data import ShuffledReader
 from distgpt.errors import NumericsError, leave, run_command
 from distgpt.evaluate import evaluate
-from distgpt.metrics import Log, Score, device_name, open_log, peak_tflops
+from distgpt.metrics import RECORD, Log, Score, device_name, open_log, peak_tflops
 from distgpt.model import DecoderLM
 from distgpt.optim import build_optimizer, learning_rate, set_learning_rate
 from distgpt.parallel import Execution, Running, Weights, decide, parallelize
 from distgpt.plan import BatchPlan, Layout, count
+from distgpt.saver import Saver, restore
 from distgpt.step import seed_dropout, train_step, warm_up
 from distgpt.supervise import Stopped, Supervisor
 from distgpt.world import World
@@ -66,66 +67,99 @@ def train(config: Config, fresh: bool, source: Path | None, world: World, superv
     A new run begins with the weights of the finished run in `source`, if given, else with initial ones.
     Returns the exit code: 0, or that of a run that was told to stop.
     """
-    start = world.first_rank_first(lambda: check(config, fresh, source))
-    if start.results is None:
-        waited = world.first_rank_first(lambda: world.is_first and supervisor.take_lock())
-        if world.from_first(waited):  # the run that had the lock may have gone on
-            start = world.first_rank_first(lambda: check(config, fresh, source))
-    world.check_same({"checkpoint": start.resume and start.resume.step, "tokens": start.tokens.fingerprint})
+    start = find_start(config, fresh, source, world)
+    if start.results is None and world.by_first(supervisor.take_lock):  # the run that had it may have gone on
+        start = find_start(config, fresh, source, world)
+    world.check_same({"tokens": start.tokens.fingerprint})
     if start.results is not None:
         show_results(config, start.results, world)
         return 0
+    first_step = start.resume.step if start.resume else 0
     try:
-        run = build(config, start, world, supervisor)
-        score = partial(
-            evaluate, run.model, start.tokens.val, start.tokenizer, config.seq_len, config.batch_size, world
-        )
-        loop(config, run, score, world, supervisor)
-        finish(config, start, run, score, world, supervisor)
+        with Saver(Path(config.output_dir), config.checkpoint.keep, first_step, world) as saver:
+            run = build(config, start, world, supervisor)
+            score = partial(
+                evaluate, run.model, start.tokens.val, start.tokenizer, config.seq_len, config.batch_size, world
+            )
+            loop(config, run, score, saver, world, supervisor)
+            finish(config, start, run, score, saver, world, supervisor)
     except Stopped as reason:
         return supervisor.stopped(str(reason))
     supervisor.status("finished", code=0)
     return 0
 
 
-def loop(config: Config, run: Run, score: Callable[..., Score], world: World, supervisor: Supervisor) -> None:
+def find_start(config: Config, fresh: bool, source: Path | None, world: World) -> Start:
+    """Check all that the run needs; rank 0 chooses the checkpoint, having hashed it, for all. Every rank calls."""
+
+    def newest() -> Any:
+        found, rejected = check.newest(config, fresh)
+        return [found and [str(found.path), found.step, found.state], rejected]
+
+    chosen, rejected = world.by_first(newest)
+    found = Checkpoint(Path(chosen[0]), *chosen[1:]) if chosen else None
+    return world.first_rank_first(lambda: check.check(config, fresh, source, (found, rejected)))
+
+
+def loop(
+    config: Config, run: Run, score: Callable[..., Score], saver: Saver, world: World, supervisor: Supervisor
+) -> None:
     """Update, log, validate and save until the last step. Raises Stopped, after saving, if told to stop."""
-    last_step, grad_clip = config.num_training_steps, config.optimizer.grad_clip
+    step, last_step, grad_clip = run.first_step, config.num_training_steps, config.optimizer.grad_clip
     schedule = (config.num_warmup_steps, last_step, config.min_lr, config.max_lr)
     skipped = torch.tensor(run.state["skipped"], device=world.device)
+    val_loss, record = run.state["val_loss"], Path(config.output_dir) / RECORD
 
-    def save(step: int) -> None:
-        state = run.state | {"skipped": skipped.tolist()}
-        checkpoint.save(Path(config.output_dir), step, run.model, run.optimizer, state, config.checkpoint.keep, world)
-        supervisor.saved_step = step
+    def validate() -> float:
+        found = score(partial(supervisor.obey, step), config.eval.max_tokens)
+        run.log.evaluation(step, found)
+        return found.loss
 
-    for step, batches in enumerate(run.reader.steps(run.first_step, last_step, world.device), run.first_step + 1):
-        rate = learning_rate(step - 1, *schedule)
-        set_learning_rate(run.optimizer, rate)
-        seed_dropout(config.seed, step, world.rank)
-        result = train_step(run.running, run.optimizer, batches, config.tokens_per_step, grad_clip, world)
-        skipped = (skipped + result.skipped) * torch.stack([torch.ones_like(result.skipped), result.skipped])
-        run.log.step_done(step)
-        if due(step, config.log_every, last_step):
-            loss = float(world.sum(result.loss_sum)) / config.tokens_per_step
-            in_all, in_a_row = map(int, skipped.tolist())
-            check_numbers(run.reader, step, loss, in_a_row)
-            run.log.step(step, loss, rate, float(result.grad_norm), in_all)
-        if due(step, config.eval.every) and step < last_step:
-            run.log.evaluation(step, score(supervisor.progress, config.eval.max_tokens))
-        if due(step, config.checkpoint.every, last_step):
-            save(step)
-            run.log.restart_clock()
-        try:
+    def save() -> None:
+        run.running.check_replicas(step, world)
+        state = run.state | {"skipped": skipped.tolist(), "val_loss": val_loss}
+        run.log.saving(step, saver.save(step, run.model, run.optimizer, state, record))
+
+    try:
+        supervisor.begin(step)
+        if 0 < step < last_step and due(step, config.eval.every) and val_loss is None:  # it was interrupted
+            val_loss = validate()
+        for step, batches in enumerate(run.reader.steps(run.first_step, last_step, world.device), run.first_step + 1):
+            rate, val_loss = learning_rate(step - 1, *schedule), None
+            set_learning_rate(run.optimizer, rate)
+            seed_dropout(config.seed, step, world.rank)
+            result = train_step(run.running, run.optimizer, batches, config.tokens_per_step, grad_clip, world)
+            skipped = (skipped + result.skipped) * torch.stack([torch.ones_like(result.skipped), result.skipped])
+            run.log.step_done(step)
+            if due(step, config.log_every, last_step):
+                loss = float(world.sum(result.loss_sum)) / config.tokens_per_step
+                in_all, in_a_row = map(int, skipped.tolist())
+                check_numbers(run.reader, step, loss, in_a_row)
+                run.log.step(step, loss, rate, float(result.grad_norm), in_all)
+            for news in saver.report():
+                run.log.say(news)
+            if due(step, config.eval.every) and step < last_step:
+                val_loss = validate()
+            if due(step, config.checkpoint.every, last_step):
+                save()
+            elif due(step, config.parallel.compare_every):
+                run.running.check_replicas(step, world)
             supervisor.obey(step)
-        except Stopped:
-            if supervisor.saved_step < step:
-                save(step)
-            raise
+    except Stopped:
+        if saver.step < step:
+            save()
+        saver.wait(last=True)
+        raise
 
 
 def finish(
-    config: Config, start: Start, run: Run, score: Callable[..., Score], world: World, supervisor: Supervisor
+    config: Config,
+    start: Start,
+    run: Run,
+    score: Callable[..., Score],
+    saver: Saver,
+    world: World,
+    supervisor: Supervisor,
 ) -> None:
     """Score the model on all validation tokens and write what using it needs. Every rank calls."""
     last_step, output_dir = config.num_training_steps, Path(config.output_dir)
@@ -133,9 +167,10 @@ def finish(
     final = score(partial(supervisor.obey, last_step))
     run.log.evaluation(last_step, final)
     results = {"step": last_step} | final.results()
-    checkpoint.save_trained(output_dir, run.model, start.tokenizer, world)
+    saver.wait(last=True)
+    trained.save(output_dir, run.model, start.tokenizer, world)
     if world.is_first:  # last: where there is an eval.json, the run is finished
-        checkpoint.replace_durably(output_dir / "eval.json", (json.dumps(results, indent=2) + "\n").encode())
+        durable.replace(output_dir / "eval.json", (json.dumps(results, indent=2) + "\n").encode())
     run.log.say(f"{json.dumps(results)}\nfinished: model.safetensors, eval.json and metrics.jsonl are in {output_dir}")
     run.log.close()
 
@@ -146,12 +181,11 @@ def build(config: Config, start: Start, world: World, supervisor: Supervisor) ->
     first_step = start.resume.step if start.resume else 0
     plan = config.batch_plan(world.size)
     execution = decide(config, n_vocab, world, earlier_execution(start.resume, config))
-    state = run_state(config, start, execution)
-    supervisor.step = supervisor.saved_step = first_step
+    state = run_state(config, start, execution, world)
+    supervisor.step = first_step
     supervisor.status("running")
-    supervisor.obey(first_step)
-    model = checkpoint.build_model(config, start.tokenizer)
-    weights: Weights | None = None if start.source is None else checkpoint.trained_weights(start.source, model)
+    model = trained.build_model(config, start.tokenizer)
+    weights: Weights | None = None if start.source is None else trained.weights(start.source, model)
     running = parallelize(model, world, execution, () if start.resume else weights)
     optimizer = build_optimizer(model, config.optimizer)
     if world.is_first:
@@ -160,16 +194,16 @@ def build(config: Config, start: Start, world: World, supervisor: Supervisor) ->
         world,
         config=config,
         first_step=first_step,
+        validated=state["val_loss"] is not None,
         flops_per_token=config.model_config.sizes(n_vocab).flops_per_token(config.seq_len),
         peak=peak_tflops(world.device, execution.precision),
         wandb_run_id=state["wandb_run_id"],
     )
     log.say(card(config, start, execution, plan, world))
     if start.resume:
-        checkpoint.load(start.resume, model, optimizer, world)
+        restore(start.resume, model, optimizer, world)
     stream = start.tokens.train, n_vocab, config.seq_len, config.seed
     reader = ShuffledReader(*stream, plan, world.rank, model.end_of_text)
-    supervisor.obey(first_step)
     if execution.compile:
         log.say("compiling: up to half a minute the first time")
     warm_up(running, [batch.to(world.device) for batch in reader.at(first_step)], world)
@@ -195,29 +229,40 @@ def earlier_execution(resume: Checkpoint | None, config: Config) -> Execution | 
     return Execution(**decided | {"layout": Layout(**decided["layout"])})
 
 
-def run_state(config: Config, start: Start, execution: Execution) -> dict[str, Any]:
+def run_state(config: Config, start: Start, execution: Execution, world: World) -> dict[str, Any]:
     """What a checkpoint keeps beside tensors: with it the same command continues the same run."""
+    earlier = start.resume.state if start.resume else {}
     return {
         "config": dataclasses.asdict(config),
         "execution": dataclasses.asdict(execution),
         "order_version": ORDER_VERSION,
         "sequences_per_step": config.sequences_per_step,
-        "skipped": start.resume.state.get("skipped", [0.0, 0.0]) if start.resume else [0.0, 0.0],
+        "platform": platform(world),
+        "skipped": earlier.get("skipped", [0.0, 0.0]),
         "tokens": start.tokens.fingerprint,
         "tokenizer": start.tokenizer.fingerprint,
+        "val_loss": earlier.get("val_loss"),
+        "wandb_run_id": earlier.get("wandb_run_id") or secrets.token_hex(4),
+    }
+
+
+def platform(world: World) -> dict[str, Any]:
+    """What the last bits of a result hang on, beside the run itself."""
+    return {
         "torch": torch.__version__,
-        "wandb_run_id": start.resume.state["wandb_run_id"] if start.resume else secrets.token_hex(4),
+        "device": device_name(world.device),
+        "ranks": world.size,
+        "threads": world.threads,
     }
 
 
 def prepare_output_dir(output_dir: Path, config: Config, anew: bool) -> None:
-    """Make the folder and write the resolved config; `anew` first deletes what an earlier run left (and only that)."""
-    output_dir.mkdir(parents=True, exist_ok=True)
+    """Write the resolved config; `anew` first deletes what an earlier run left (and only that)."""
     if anew:
         checkpoint.remove_all(output_dir)
-        for name in ("metrics.jsonl", "eval.json", checkpoint.WEIGHTS):
+        for name in (RECORD, "eval.json", trained.WEIGHTS):
             (output_dir / name).unlink(missing_ok=True)
-    checkpoint.replace_durably(output_dir / "config.yaml", configs.to_yaml(config).encode())
+    durable.replace(output_dir / "config.yaml", configs.to_yaml(config).encode())
 
 
 def card(config: Config, start: Start, execution: Execution, plan: BatchPlan, world: World) -> str:
@@ -244,8 +289,16 @@ def card(config: Config, start: Start, execution: Execution, plan: BatchPlan, wo
         lines["from"] = f"{start.source}: beginning with its weights"
     if start.resume:
         lines["resume"] = f"{start.resume.path}: going on after step {start.resume.step:,}"
-    notes = [f"note    {note}" for note in start.notes]
+    notes = [f"note    {note}" for note in [*start.notes, *other_bits(start.resume, world)]]
     return "\n".join([*(f"{name:<8}{text}" for name, text in lines.items()), *notes])
+
+
+def other_bits(resume: Checkpoint | None, world: World) -> Iterator[str]:
+    """Why a run goes on with rounding other than it would have had, if it does."""
+    now, then = platform(world), resume.state.get("platform", {}) if resume else {}
+    changed = [f"{name} {now[name]} (was {then[name]})" for name in now if now[name] != then.get(name, now[name])]
+    if changed:
+        yield f"the same run but for rounding, not bit for bit: {', '.join(changed)}"
 
 
 def check_numbers(reader: ShuffledReader, step: int, loss: float, skipped_in_a_row: int) -> None:

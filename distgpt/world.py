@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,11 +49,18 @@ class World:
     device: torch.device
     threads: int
     """Threads each CPU operation uses; part of what a bit-identical rerun needs."""
+    group: dist.ProcessGroup | None = None
+    """What collectives go through; None for the group of all that torchrun started."""
 
     @property
     def grouped(self) -> bool:
         """Whether torchrun started us, so that there is a process group (of one rank, if need be)."""
         return dist.is_initialized()
+
+    @property
+    def restarts(self) -> int:
+        """How often torchrun has started these ranks again by itself."""
+        return restart_count()
 
     @property
     def memory_bytes(self) -> int:
@@ -78,7 +85,7 @@ class World:
         """The tensor summed over all ranks. Every rank calls, every rank gets the total."""
         if self.size > 1:
             tensor = tensor.clone()
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
@@ -87,12 +94,12 @@ class World:
             return [value]
         raw = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(raw)]))
+        dist.all_gather(sizes, torch.tensor([len(raw)]), group=self.group)
         longest = int(max(sizes))
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(raw)] = raw
         parts = [torch.zeros_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded)
+        dist.all_gather(parts, padded, group=self.group)
         return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
 
     def from_first(self, value: T) -> T:
@@ -100,24 +107,33 @@ class World:
         shared: T = self.gather(value if self.is_first else None)[0]
         return shared
 
-    def first_rank_first(self, action: Callable[[], T]) -> T:
-        """Run `action` on rank 0, then on the others: what it makes on disk is made once. Every rank calls.
+    def together(self, action: Callable[[], T]) -> T:
+        """Run `action` and return its result. Every rank calls.
 
-        A UserError on any rank is raised on all of them, so that none waits for one that has left.
+        A UserError or an OSError on any rank is raised on all of them, so that none waits for one that has left.
         """
         result, failure = None, None
-        for my_turn in (self.is_first, not self.is_first):
-            if my_turn:
-                try:
-                    result = action()
-                except UserError as error:
-                    failure = [type(error).__name__, str(error)]
-            for rank, failed in enumerate(self.gather(failure)):
-                if failed is not None:
-                    name, text = failed
-                    prefix = f"rank {rank}: " if rank else ""
-                    raise getattr(errors, name)(prefix + text, everywhere=True)
+        try:
+            result = action()
+        except (UserError, OSError) as error:
+            kind = type(error).__name__ if isinstance(error, UserError) else MachineError.__name__
+            failure = [kind, str(error) if isinstance(error, UserError) else f"{error.filename}: {error.strerror}"]
+        for rank, failed in enumerate(self.gather(failure)):
+            if failed is not None:
+                kind, text = failed
+                prefix = f"rank {rank}: " if rank else ""
+                raise getattr(errors, kind)(prefix + text, everywhere=True)
         return result  # type: ignore[return-value]
+
+    def by_first(self, action: Callable[[], T]) -> T:
+        """What `action` returns on rank 0 (anything JSON holds), on every rank. Every rank calls, and raises alike."""
+        return self.from_first(self.together(lambda: action() if self.is_first else None))  # type: ignore[return-value]
+
+    def first_rank_first(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0, then on the others: what it makes on disk is made once. As `together` otherwise."""
+        first = self.together(lambda: action() if self.is_first else None)
+        other = self.together(lambda: None if self.is_first else action())
+        return first if self.is_first else other  # type: ignore[return-value]
 
     def check_same(self, values: dict[str, Any]) -> None:
         """Raise ConfigError on every rank unless all ranks hold the same `values`. Every rank calls."""
@@ -132,6 +148,10 @@ class World:
                     "start all machines with the same files and arguments",
                     everywhere=True,
                 )
+
+    def aside(self) -> World:
+        """The same world for another thread, whose collectives do not meet this one's. Every rank calls."""
+        return replace(self, group=dist.new_group(backend="gloo") if self.size > 1 else None)
 
     def open_vote(self) -> Vote:
         """A vote among all ranks. Every rank calls."""
@@ -185,8 +205,8 @@ class Peers:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # A connection of its own: one that waits for a collective's peers would keep us waiting too.
         self.store = TCPStore(host, port, is_master=False, wait_for_workers=False)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.keys = {other: f"distgpt/{attempt}/{other}" for other in range(size)}
+        self.keys = {other: f"distgpt/{restart_count()}/{other}" for other in range(size)}
+        self.stop_key = f"distgpt/{restart_count()}/stop"
         self.rank = rank
         self.seen: dict[int, tuple[str, float]] = {}
         self.tell("here")
@@ -194,6 +214,14 @@ class Peers:
     def tell(self, text: str) -> None:
         """Write what the others read of this rank."""
         self.store.set(self.keys[self.rank], text)
+
+    def stop(self, reason: str) -> None:
+        """Tell all ranks to leave, since this one does."""
+        self.store.set(self.stop_key, reason)
+
+    def stopping(self) -> str:
+        """The reason that a rank has given for all to leave, or nothing."""
+        return str(self.store.get(self.stop_key).decode()) if self.store.check([self.stop_key]) else ""
 
     def read(self) -> dict[int, tuple[str, float]]:
         """What every other rank last told, and for how many seconds, as far as we looked, it has told the same."""
@@ -203,6 +231,12 @@ class Peers:
             if self.seen.get(rank, ("", 0.0))[0] != raw.decode():
                 self.seen[rank] = raw.decode(), now
         return {rank: (text, now - since) for rank, (text, since) in self.seen.items()}
+
+
+def restart_count() -> int:
+    """How often torchrun has restarted, so far, the ranks that it had started."""
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return int(count) if count.isascii() and count.isdecimal() else 0
 
 
 def start(device: str) -> World:

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from distgpt import checkpoint
+from distgpt import saver, trained
 from distgpt import world as worlds
 from distgpt.checkpoint import Checkpoint
 from distgpt.config import OptimizerConfig
@@ -313,7 +313,7 @@ def nan_gradient(world: World, folder: Path) -> Any:
 def saved(world: World, folder: Path) -> Any:
     """After a step under one strategy, save, load under another, and take a second step: the sum of weights' sizes."""
     found = {}
-    checkpoint.FILE_BYTES = 2000  # so that even these models take several files
+    saver.FILE_BYTES = 2000  # so that even these models take several files
     for first in strategies(world.size):
         for second in strategies(world.size):
             output_dir = folder / f"saved-{first}-{second}"
@@ -323,18 +323,19 @@ def saved(world: World, folder: Path) -> Any:
                 optimizer = build_optimizer(model, OptimizerConfig())
                 if steps == (1,):
                     found_at = Checkpoint(output_dir / "checkpoints/step-00000001", 1, {})
-                    checkpoint.load(found_at, model, optimizer, world)
+                    saver.restore(found_at, model, optimizer, world)
                 set_learning_rate(optimizer, LEARNING_RATE)
                 for step in steps:
                     train_step(running, optimizer, reader(folder, world, 8).at(step), TOKENS, CLIP, world)
                 if steps == (0,):
-                    checkpoint.save(output_dir, 1, model, optimizer, {}, 1, world)
+                    tensors = saver.tensors_of(model, optimizer)
+                    saver.write(output_dir, 1, "test", tensors, {}, 2, world)
             absolute = sum(np.abs(whole(p).astype(np.float64)).sum() for p in model.parameters())
             found[f"{first}-{second}"] = float(absolute)
             tokenizer = load_tokenizer("bytes")
-            checkpoint.save_trained(output_dir, model, tokenizer, world)
+            trained.save(output_dir, model, tokenizer, world)
             world.gather(None)
-            weights = load_file(output_dir / checkpoint.WEIGHTS)
+            weights = load_file(output_dir / trained.WEIGHTS)
             found[f"{first}-{second} trained"] = float(sum(w.double().abs().sum() for w in weights.values()))
     return found
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distgpt import checkpoint, train
+from distgpt import checkpoint, durable, train, trained
 from distgpt.checkpoint import newest, verify
 from distgpt.errors import CheckpointError, DataError
 from distgpt.model import DecoderLM
@@ -110,9 +110,9 @@ def test_no_pickle_is_ever_run(output_dir: Path, tmp_path: Path) -> None:
             return Path.mkdir, (canary,)
 
     evil = pickle.dumps(Payload())
-    (output_dir / checkpoint.WEIGHTS).write_bytes(evil)
+    (output_dir / trained.WEIGHTS).write_bytes(evil)
     with pytest.raises(CheckpointError, match="does not load"):
-        checkpoint.load_trained(output_dir)
+        trained.load(output_dir)
     for path in (output_dir / "checkpoints").rglob("*.*"):
         if path.is_file():
             path.write_bytes(evil)
@@ -124,10 +124,10 @@ def test_no_pickle_is_ever_run(output_dir: Path, tmp_path: Path) -> None:
 def test_a_trained_model_comes_back_without_its_padding(output_dir: Path) -> None:
     from safetensors.torch import load_file
 
-    raw = load_file(output_dir / checkpoint.WEIGHTS)
+    raw = load_file(output_dir / trained.WEIGHTS)
     assert raw["token_embedding.weight"].shape == (257, 32)
     assert all("module" not in name and "_orig" not in name for name in raw)
-    model, tokenizer, config = checkpoint.load_trained(output_dir)
+    model, tokenizer, config = trained.load(output_dir)
     assert tokenizer.n_vocab == 257 and config.seq_len == 32
     for name, tensor in model.without_padding(model.state_dict()).items():
         assert torch.equal(tensor, raw[name])
@@ -138,25 +138,25 @@ def test_weights_of_another_shape_are_refused_by_name(output_dir: Path) -> None:
     other = DecoderLM(257, 16, 4, 32, 2)
     message = r"blocks\.0\.attention\.out\.bias: \(32, 'F32'\), expected \(16, 'F32'\)"
     with pytest.raises(CheckpointError, match=message):
-        next(checkpoint.trained_weights(output_dir, other))
+        next(trained.weights(output_dir, other))
 
 
 def test_a_folder_that_holds_no_model_says_what_it_holds(output_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no trained model"):
-        checkpoint.load_trained(tmp_path)
-    (output_dir / checkpoint.WEIGHTS).unlink()
+        trained.load(tmp_path)
+    (output_dir / trained.WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match="unfinished run"):
-        checkpoint.load_trained(output_dir)
+        trained.load(output_dir)
 
 
 def test_a_model_without_checkpoints_is_not_overwritten(config_file: Path, output_dir: Path) -> None:
     from distgpt.errors import ConfigError
 
-    checkpoint.remove(output_dir / "checkpoints")
-    before = (output_dir / checkpoint.WEIGHTS).read_bytes()
+    durable.remove(output_dir / "checkpoints")
+    before = (output_dir / trained.WEIGHTS).read_bytes()
     with pytest.raises(ConfigError, match="holds a trained model and no checkpoint"):
         train.main([str(config_file)])
-    assert (output_dir / checkpoint.WEIGHTS).read_bytes() == before
+    assert (output_dir / trained.WEIGHTS).read_bytes() == before
 
 
 def test_tokens_changed_under_the_same_name_are_found(config_file: Path, output_dir: Path, corpus: Path) -> None:
@@ -169,8 +169,8 @@ def test_tokens_changed_under_the_same_name_are_found(config_file: Path, output_
 
 
 def test_weights_that_are_no_numbers_are_refused(output_dir: Path) -> None:
-    raw = bytearray((output_dir / checkpoint.WEIGHTS).read_bytes())
+    raw = bytearray((output_dir / trained.WEIGHTS).read_bytes())
     raw[-4000:] = b"\xff" * 4000
-    (output_dir / checkpoint.WEIGHTS).write_bytes(raw)
+    (output_dir / trained.WEIGHTS).write_bytes(raw)
     with pytest.raises(CheckpointError, match="holds NaN or infinity"):
-        checkpoint.load_trained(output_dir)
+        trained.load(output_dir)

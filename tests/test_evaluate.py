@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from distgpt import train
-from distgpt.checkpoint import load_trained
+from distgpt.trained import load
 from tests.conftest import Run
 from tests.ranks import SEQ_LEN, results, small_model, strategies, stream
 
@@ -84,7 +84,7 @@ def test_generation_works_from_the_front_door(finished: Path, run: Run, tmp_path
     assert [row["prefix"] for row in rows] == prefixes
     alone = run("generate", finished, "--prompt", "def main", "--temperature", "0", "--max-new-tokens", "9")
     assert alone.stdout == f"def main{rows[0]['generation']}\n"
-    model, tokenizer, _ = load_trained(finished)
+    model, tokenizer, _ = load(finished)
     ids = tokenizer.encode("def main")
     for _ in range(9):
         ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))

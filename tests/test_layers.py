@@ -13,21 +13,35 @@ PACKAGE = Path(distgpt.__file__).parent
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 ROWS = [
-    {"errors"},
-    {"source", "tokenizer", "shards", "loss", "documents", "plan"},
+    {"errors", "durable"},
+    {"source", "tokenizer", "shards", "loss", "documents", "plan", "checkpoint", "lock"},
     {"config"},
     {"corpus", "world", "model", "optim"},
-    {"data", "parallel", "checkpoint", "metrics", "supervise"},
+    {"data", "parallel", "saver", "trained", "metrics", "supervise"},
     {"check", "step", "evaluate"},
     {"train", "generate", "cli"},
 ]
 """A room imports only from rooms in rows above its own."""
 
 MAY_NAME = {
-    "torch.distributed": {"world", "parallel", "checkpoint"},
+    "torch.distributed": {"world", "parallel", "saver", "trained"},
     "os.environ": {"__init__", "errors", "world"},
 }
-TORCH_FREE = {"errors", "source", "plan", "config", "tokenizer", "shards", "corpus", "check", "supervise"}
+TORCH_FREE = {
+    "errors",
+    "durable",
+    "source",
+    "plan",
+    "config",
+    "tokenizer",
+    "shards",
+    "corpus",
+    "check",
+    "checkpoint",
+    "trained",
+    "lock",
+    "supervise",
+}
 
 
 def tree(room: str) -> ast.Module:

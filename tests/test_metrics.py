@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import sys
 import time
@@ -27,7 +26,7 @@ def config(config_file: Path) -> Config:
 
 def make_log(config: Config, first_step: int = 0, peak: float | None = None) -> Log:
     """256 tokens in a step, 10 MFLOP each, on two ranks."""
-    return Log(config, first_step, flops_per_token=10**7, peak=peak, ranks=2, wandb_run_id="x")
+    return Log(config, first_step, validated=True, flops_per_token=10**7, peak=peak, ranks=2, wandb_run_id="x")
 
 
 def test_speed_is_tokens_over_time_and_mfu_is_per_device(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,12 +52,10 @@ def test_speed_is_tokens_over_time_and_mfu_is_per_device(config: Config, monkeyp
 def test_what_came_after_the_restored_step_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "val-loss": 3}\n{"step": 3}\n{"step": 4, "tr')
-    truncate(path, 2)
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"step": 1},
-        {"step": 2},
-        {"step": 2, "val-loss": 3},
-    ]
+    truncate(path, 2, validated=True)
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 2, "val-loss": 3}]
+    truncate(path, 2, validated=False)
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "00:00"), (59.6, "01:00"), (3599, "59:59"), (3661, "1:01:01")])

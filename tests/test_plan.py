@@ -11,11 +11,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from distgpt import config as configs
-from distgpt.checkpoint import build_model
 from distgpt.model import DecoderLM
 from distgpt.parallel import Execution, parallelize
 from distgpt.plan import BatchPlan, Layout, Sizes, Work, fits, largest_batch, memory, settle
 from distgpt.tokenizer import load_tokenizer
+from distgpt.trained import build_model
 from tests.conftest import REPO, Run
 from tests.test_exercise import ALONE
 

@@ -41,6 +41,12 @@ class Started:
             assert self.process.poll() is None and time.monotonic() < deadline, self.text()
             time.sleep(0.05)
 
+    def wait_for_checkpoint(self) -> None:
+        deadline = time.monotonic() + 120
+        while checkpoint.newest(self.output_dir)[0] is None:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.text()
+            time.sleep(0.05)
+
     def ranks(self) -> dict[int, int]:
         """Process of each rank."""
         found: dict[int, int] = {}
@@ -153,7 +159,7 @@ def test_all_ranks_stop_at_one_step(begin: Any, target: str) -> None:
 
 def test_survivors_of_a_killed_rank_name_it_and_leave(begin: Any) -> None:
     run = begin(3, *ENDLESS, "parallel.strategy=fsdp")
-    run.wait_for_steps(8)
+    run.wait_for_checkpoint()
     os.kill(run.ranks()[1], signal.SIGKILL)
     assert run.process.wait(30) == 1
     assert run.status()["code"] == 76 and run.status()["reason"] == "rank 1 is lost: it gives no sign of life"
