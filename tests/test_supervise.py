@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,64 +11,11 @@ from typing import Any
 
 import pytest
 
-from distgpt import checkpoint
-from tests.conftest import Run, command, environment, training_curve
-from tests.test_train import PLAIN, descendants, hashes
+from tests.conftest import Run, training_curve
+from tests.started import PLAIN, Started, alive
+from tests.test_train import hashes
 
 ENDLESS = (*PLAIN, "num_training_steps=1000000", "checkpoint.every=7", "log_every=1", "eval.every=1000000")
-
-
-class Started:
-    """A run in the background, in a process group of its own; nothing of it outlives the test."""
-
-    def __init__(self, folder: Path, ranks: int, *arguments: str) -> None:
-        self.output_dir = folder / "run"
-        self.log = (folder / "log").open("w+")
-        self.process = subprocess.Popen(
-            command("train", ["tiny.yaml", *arguments], ranks),
-            cwd=folder,
-            env=environment(),
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-    def wait_for_steps(self, steps: int) -> None:
-        deadline = time.monotonic() + 120
-        while not ((self.output_dir / "metrics.jsonl").exists() and len(training_curve(self.output_dir)) >= steps):
-            assert self.process.poll() is None and time.monotonic() < deadline, self.text()
-            time.sleep(0.05)
-
-    def wait_for_checkpoint(self) -> None:
-        deadline = time.monotonic() + 120
-        while checkpoint.newest(self.output_dir)[0] is None:
-            assert self.process.poll() is None and time.monotonic() < deadline, self.text()
-            time.sleep(0.05)
-
-    def ranks(self) -> dict[int, int]:
-        """Process of each rank."""
-        found: dict[int, int] = {}
-        for pid in descendants(self.process.pid):
-            variables = (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0")
-            if (line := next((v for v in variables if v.startswith(b"RANK=")), None)) is not None:
-                found.setdefault(int(line[5:]), pid)
-        return found
-
-    def text(self) -> str:
-        self.log.seek(0)
-        return self.log.read()
-
-    def lines(self) -> list[str]:
-        return [line for line in self.text().splitlines() if line.startswith("distgpt: ")]
-
-    def status(self) -> dict[str, Any]:
-        status: dict[str, Any] = json.loads((self.output_dir / "status.json").read_text())
-        return status
-
-    def newest_step(self) -> int:
-        found, rejected = checkpoint.newest(self.output_dir)
-        assert found is not None and not rejected
-        return found.step
 
 
 @pytest.fixture
@@ -78,18 +23,13 @@ def begin(config_file: Path, tmp_path: Path) -> Iterator[Any]:
     """Starts runs of the tiny config; kills what is left of them afterwards."""
     started: list[Started] = []
 
-    def start(ranks: int, *arguments: str) -> Started:
-        started.append(Started(tmp_path, ranks, *arguments))
+    def start(ranks: int, *arguments: str, **settings: Any) -> Started:
+        started.append(Started(tmp_path, ranks, *arguments, **settings))
         return started[-1]
 
     yield start
     for run in started:
-        try:
-            os.killpg(run.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        run.process.wait()
-        run.log.close()
+        run.end()
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
@@ -177,17 +117,10 @@ def test_workers_do_not_outlive_their_launcher(begin: Any) -> None:
     assert len(workers) == 2
     os.kill(run.process.pid, signal.SIGKILL)
     deadline = time.monotonic() + 5
-    while any(Path(f"/proc/{pid}").exists() and b"Z" not in state(pid) for pid in workers):
+    while any(map(alive, workers)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert run.status()["code"] == 76 and "is gone" in run.status()["reason"]
-
-
-def state(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
-    except OSError:
-        return b"Z"
 
 
 @pytest.mark.slow

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +22,8 @@ from distgpt.plan import BatchPlan
 from distgpt.shards import open_tokens
 from distgpt.tokenizer import load_tokenizer
 from tests.conftest import Run, command, environment, read_metrics, training_curve
+from tests.started import PLAIN, Started
 from tests.test_exercise import ALONE
-
-PLAIN = ("precision=fp32", "compile=off")
 
 
 def hashes(output_dir: Path, step: int) -> dict[str, str]:
@@ -170,45 +166,6 @@ def test_the_run_learns(curves: dict[str, list[tuple[int, float, float]]]) -> No
     assert losses[-1] < losses[0] - 0.8
 
 
-def descendants(pid: int) -> list[int]:
-    """All processes below one, from /proc."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(entry.name))
-        except (OSError, ValueError):
-            continue
-    found, todo = [], [pid]
-    while todo:
-        below = children.get(todo.pop(), [])
-        found += below
-        todo += below
-    return found
-
-
-def kill_at_step(arguments: list[str], ranks: int, folder: Path, step: int) -> None:
-    """Start a run and kill every process of it, without warning, once it has recorded `step`."""
-    process = subprocess.Popen(
-        command("train", arguments, ranks),
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 200
-    while not (reached := (folder / "b" / "metrics.jsonl").exists() and len(training_curve(folder / "b")) >= step):
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
-        time.sleep(0.01)
-    assert reached
-    for pid in [*descendants(process.pid), process.pid]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-    process.wait()
-
-
 @pytest.mark.parametrize(("ranks", "strategy"), [(1, "auto"), (3, "auto"), (3, "fsdp")])
 def test_killed_and_started_again_it_ends_bit_for_bit_the_same(
     config_file: Path, tmp_path: Path, ranks: int, strategy: str
@@ -218,17 +175,19 @@ def test_killed_and_started_again_it_ends_bit_for_bit_the_same(
     common = ["tiny.yaml", "compile=on", "p_dropout=0.1", f"parallel.strategy={strategy}"]
     whole = [*common, f"output_dir={tmp_path / 'a'}"]
     assert subprocess.run(command("train", whole, ranks), cwd=tmp_path, env=environment(), check=False).returncode == 0
-    broken = [*common, f"output_dir={tmp_path / 'b'}"]
-    kill_at_step(broken, ranks, tmp_path, 25)
-    assert not (tmp_path / "b" / "eval.json").exists()
+    broken = [*common, f"output_dir={tmp_path / 'run'}"]
+    killed = Started(tmp_path, ranks, *broken[1:])
+    killed.wait_for_steps(25)
+    killed.end()
+    assert not (tmp_path / "run" / "eval.json").exists()
     done = subprocess.run(
         command("train", broken, ranks), cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "resume" in done.stdout and "going on after step" in done.stdout
-    assert training_curve(tmp_path / "a") == training_curve(tmp_path / "b")
-    assert hashes(tmp_path / "a", 120) == hashes(tmp_path / "b", 120)
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    assert training_curve(tmp_path / "a") == training_curve(tmp_path / "run")
+    assert hashes(tmp_path / "a", 120) == hashes(tmp_path / "run", 120)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "run" / "model.safetensors").read_bytes()
 
 
 def test_other_numbers_of_ranks_and_strategies_continue_the_same_run(
