@@ -17,7 +17,7 @@ from distgpt import config as configs
 from distgpt.checkpoint import Checkpoint
 from distgpt.config import Config
 from distgpt.corpus import ORDER_VERSION, Tokens, open_corpus
-from distgpt.errors import CheckpointError, ConfigError, DataError, MachineError, leave, run_command
+from distgpt.errors import CheckpointError, ConfigError, DataError, MachineError, file_name, leave, run_command
 from distgpt.tokenizer import Tokenizer, load_saved, load_tokenizer
 
 MAY_CHANGE = {
@@ -128,22 +128,26 @@ def check_output_dir(output_dir: Path) -> None:
     """Raise MachineError if the output folder could not be written to."""
     existing = output_dir
     try:
-        existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+        existing = existing_part(output_dir)
         if not existing.is_dir():
-            raise MachineError(f"output_dir: {existing} is a file, expected a folder; choose another output_dir")
+            what = "a link to nothing" if existing.is_symlink() else "a file"
+            raise MachineError(f"output_dir: {existing} is {what}, expected a folder; choose another output_dir")
         tempfile.TemporaryFile(dir=existing).close()
     except (OSError, RecursionError) as error:
         reason = getattr(error, "strerror", "too many folders")
         raise MachineError(f"output_dir: cannot write in {str(existing)[:200]}: {reason}; choose another") from None
 
 
+def existing_part(path: Path) -> Path:
+    """The path itself or, if there is nothing yet, the nearest folder above it."""
+    return next(part for part in (path, *path.absolute().parents) if part.exists() or part.is_symlink())
+
+
 def room_for_checkpoints(config: Config, tokenizer: Tokenizer) -> list[str]:
     """A note where the disk has no room for all checkpoints; raises MachineError where it has none for one."""
     one = BYTES_SAVED * config.model_config.sizes(tokenizer.n_vocab).parameters
     most = config.checkpoint.keep + 2  # the best, and the one being written
-    folder = next(
-        path for path in (Path(config.output_dir), *Path(config.output_dir).absolute().parents) if path.exists()
-    )
+    folder = existing_part(Path(config.output_dir))
     free = shutil.disk_usage(folder).free
     if free < one:
         raise MachineError(
@@ -213,7 +217,7 @@ def main(arguments: Sequence[str]) -> None:
     """Check a config, its tokens and its output folder without starting the run."""
     parser = configs.config_parser("python -m distgpt.check", str(main.__doc__))
     parser.add_argument("--fresh", action="store_true", help="ignore an earlier run in output_dir")
-    parser.add_argument("--from", dest="source", metavar="RUN", help="a finished run to begin with")
+    parser.add_argument("--from", dest="source", type=file_name, metavar="RUN", help="a finished run to begin with")
     parser.add_argument("--for-launcher", action="store_true", help="print the device and the output folder only")
     options = parser.parse_intermixed_args(arguments)
     config = configs.load(options.config, options.overrides)

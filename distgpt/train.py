@@ -30,7 +30,7 @@ from distgpt.checkpoint import Checkpoint
 from distgpt.config import Config
 from distgpt.corpus import ORDER_VERSION, window_count
 from distgpt.data import ShuffledReader
-from distgpt.errors import NumericsError, leave, run_command
+from distgpt.errors import NumericsError, file_name, leave, run_command
 from distgpt.evaluate import evaluate
 from distgpt.metrics import RECORD, Log, Score, device_name, open_log, peak_tflops
 from distgpt.model import DecoderLM
@@ -326,11 +326,11 @@ def main(arguments: Sequence[str]) -> int:
     """Train the model that a config describes, or continue its run."""
     parser = configs.config_parser("python -m distgpt.train", str(main.__doc__))
     parser.add_argument("--fresh", action="store_true", help="delete the run in output_dir and start over")
-    parser.add_argument("--from", dest="source", metavar="RUN", help="begin with a finished run's weights")
+    parser.add_argument("--from", dest="source", type=file_name, metavar="RUN", help="begin with a run's weights")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     options = parser.parse_intermixed_args(arguments)
     config = configs.load(options.config, options.overrides)
-    world = worlds.start(config.device)
+    world = worlds.start(config.device, 60 * config.hang_minutes)
     settings = {"--fresh": options.fresh, "--from": options.source, "torch version": torch.__version__}
     world.check_same(dataclasses.asdict(config) | settings)
     source = Path(options.source) if options.source else None
