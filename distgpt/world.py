@@ -12,9 +12,11 @@ import gc
 import json
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,11 +24,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore, rendezvous  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from distgpt import errors
-from distgpt.errors import ConfigError, MachineError, UserError
+from distgpt.errors import ConfigError, MachineError, UserError, one_line
 
 T = TypeVar("T")
 
@@ -36,6 +38,12 @@ MOST_THREADS = 4096
 """A larger OMP_NUM_THREADS is taken for a mistake and ignored."""
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+JOIN_SECONDS = 900.0
+"""How long ranks wait for each other at the start, unless the config says."""
+
+RESOLVE_SECONDS = 10.0
+"""How long a name may stay unknown: a cluster's may come a little later than its machines."""
 
 
 @dataclass(frozen=True)
@@ -239,10 +247,11 @@ def restart_count() -> int:
     return int(count) if count.isascii() and count.isdecimal() else 0
 
 
-def start(device: str) -> World:
+def start(device: str, join_seconds: float = JOIN_SECONDS) -> World:
     """Find out who this process is, choose its device and join the others. Every rank calls, once, first.
 
-    `device` is the config's key. Raises MachineError where the environment or the device cannot be used.
+    `device` is the config's key. Raises MachineError where the environment or the device cannot be used, or where not
+    all ranks have come within `join_seconds`.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     given = {name: os.environ[name] for name in names if name in os.environ}
@@ -264,7 +273,9 @@ def start(device: str) -> World:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if given:
-        join_group(chosen, size == local_size)
+        if size == local_size and sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo has no authentication: keep it off the network
+        join_group(chosen, rank, size, local_rank, join_seconds)
     return World(rank, size, local_size, chosen, threads)
 
 
@@ -310,19 +321,80 @@ def choose_threads(local_size: int) -> int:
     return max(1, usable // local_size)
 
 
-def join_group(device: torch.device, one_machine: bool) -> None:
-    """Start the process group: gloo for CPU tensors, NCCL for GPU tensors."""
-    if one_machine and sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo has no authentication: keep it off the network
+def join_group(device: torch.device, rank: int, size: int, local_rank: int, join_seconds: float) -> None:
+    """Start the process group, once all ranks are there: gloo for CPU tensors, NCCL for GPU tensors."""
     backend, device_id = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device_id)
-    except (RuntimeError, ValueError) as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        reason = str(error).splitlines()[0]
+        store, missing = meet(rank, size, join_seconds)
+        if store is not None and not missing:
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT, device_id=device_id
+            )
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = one_line((str(error).splitlines() or ["what listens there does not answer"])[0])
         raise MachineError(
-            f"process group: could not meet the other ranks at {address} ({reason}); start all ranks with torchrun"
+            f"process group: could not meet the other ranks at {address} ({reason}); start all ranks with torchrun, or "
+            "correct MASTER_ADDR and MASTER_PORT"
         ) from None
+    if missing:
+        listed = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        raise MachineError(
+            f"process group: rank {listed} of {size} did not come to {address} within {join_seconds:g} s, expected "
+            "all; start them all, with this MASTER_ADDR and MASTER_PORT",
+            everywhere=rank - local_rank not in missing,  # else nobody here would speak
+        )
+
+
+def meet(rank: int, size: int, join_seconds: float) -> tuple[Store | None, list[int]]:
+    """The ranks' common key-value store, and which ranks have not come to it within so many seconds."""
+    until = time.monotonic() + join_seconds
+    if not reach_store(rank, until):
+        return None, [0]
+    left = max(1.0, until - time.monotonic())
+    # Told of one rank only, the store waits for none: we do, and know who is missing. On a thread, since its client
+    # would wait for ever where something else listens.
+    opening = rendezvous("env://", rank, 1, timeout=datetime.timedelta(seconds=left))
+    store, _, _ = ThreadPoolExecutor(1).submit(next, opening).result(left + 1)
+    store = PrefixStore(f"distgpt/{restart_count()}/group", store)  # torchrun keeps one store for all restarts
+    store.set_timeout(COLLECTIVE_TIMEOUT)
+    keys = [f"rank {other}" for other in range(size)]
+    store.set(keys[rank], "here")
+    while True:
+        if store.check(["missing"]):
+            return store, json.loads(store.get("missing"))
+        if store.check(keys):
+            return store, []
+        if time.monotonic() > until:
+            missing = [other for other in range(size) if not store.check([keys[other]])]
+            store.set("missing", json.dumps(missing))
+            time.sleep(1.0)  # the others read it before rank 0, which may hold the store, is gone
+            return store, missing
+        time.sleep(0.1)
+
+
+def reach_store(rank: int, until: float) -> bool:
+    """Wait until somebody listens at the store's address, where rank 0 may be about to; whether anybody does.
+
+    The store's own client would wait as well, but for a misspelt name too, and tell it in a C++ stack. Raises OSError.
+    """
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not host or not port.isdecimal() or int(port) >= 2**16:
+        raise ValueError(f"got MASTER_ADDR={host!r} and MASTER_PORT={port!r}, expected a machine and a port")
+    resolved_by = min(until, time.monotonic() + RESOLVE_SECONDS)
+    while True:
+        try:
+            socket.getaddrinfo(host, int(port))
+            if rank > 0:
+                socket.create_connection((host, int(port)), max(1.0, until - time.monotonic())).close()
+            return True
+        except socket.gaierror:
+            if time.monotonic() > resolved_by:
+                raise
+        except OSError:
+            if time.monotonic() > until:
+                return False
+        time.sleep(0.2)
 
 
 def keep_freed_memory() -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
 from distgpt import world as worlds
 from distgpt.errors import MachineError
+from tests.conftest import command, environment
 from tests.ranks import results
 
 
@@ -55,3 +62,103 @@ def test_threads_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert worlds.choose_threads(2) == max(1, alone // 2)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert worlds.choose_threads(2) == 3
+
+
+@pytest.fixture
+def rank_of_two(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes this process one of two ranks, at an address where the other never comes."""
+
+    def become(rank: int, address: str, port: int | str) -> None:
+        given = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": address, "MASTER_PORT": port}
+        for name, value in given.items():
+            monkeypatch.setenv(name, str(value))
+
+    return become
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_alone_names_the_one_that_did_not_come(rank_of_two: Callable[..., None], rank: int) -> None:
+    port = free_port()
+    rank_of_two(rank, "127.0.0.1", port)
+    message = rf"^process group: rank {1 - rank} of 2 did not come to 127\.0\.0\.1:{port} within 0\.3 s, [^\n]*$"
+    with pytest.raises(MachineError, match=message) as raised:
+        worlds.start("cpu", 0.3)
+    assert raised.value.exit_code == 6
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_name_that_nobody_has_ends_the_wait_long_before_the_limit(
+    rank_of_two: Callable[..., None], monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    assert worlds.RESOLVE_SECONDS <= 20
+    monkeypatch.setattr(worlds, "RESOLVE_SECONDS", 0.3)
+    rank_of_two(rank, "nowhere.invalid", 29500)
+    with pytest.raises(MachineError, match=r"could not meet the other ranks at nowhere\.invalid:29500"):
+        worlds.start("cpu", 900)
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, "EADDRINUSE"), (1, "what listens there does not answer")])
+def test_a_port_that_something_else_has_is_told(rank_of_two: Callable[..., None], rank: int, expected: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        rank_of_two(rank, "127.0.0.1", other.getsockname()[1])
+        with pytest.raises(MachineError, match=rf"^process group: [^\n]*{expected}[^\n]*$"):
+            worlds.start("cpu", 0.3)
+
+
+@pytest.mark.parametrize("port", ["", "x", "-1", "65536", "99999999999999999999"])
+def test_a_port_that_is_none_is_refused(rank_of_two: Callable[..., None], port: str) -> None:
+    rank_of_two(0, "127.0.0.1", port)
+    with pytest.raises(MachineError, match=rf"MASTER_PORT='{port}', expected a machine and a port"):
+        worlds.start("cpu", 900)
+
+
+def test_two_of_three_ranks_leave_with_code_6_and_name_the_third(config_file: Path, tmp_path: Path) -> None:
+    """Started by hand, as on three machines; rank 0 holds the store and still lets rank 1 know."""
+    port = free_port()
+    started = [
+        subprocess.Popen(
+            command("train", [config_file, "hang_minutes=0.2"]),  # 12 s: importing torch may take the one longer
+            cwd=tmp_path,
+            env=environment(RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    for process in started:
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 6
+        assert stderr == (
+            f"distgpt: error: process group: rank 2 of 3 did not come to 127.0.0.1:{port} within 12 s, "
+            "expected all; start them all, with this MASTER_ADDR and MASTER_PORT\n"
+        )
+    assert not (tmp_path / "run").exists()
+
+
+STARTED_AGAIN = """
+import os
+from distgpt import world as worlds
+from distgpt.errors import leave
+world = worlds.start("cpu", 60)
+print("met", world.restarts, world.gather(world.rank), flush=True)
+if world.rank == 1 and world.restarts == 0:
+    os._exit(9)
+world.close()
+leave(0)
+"""
+
+
+def test_ranks_that_torchrun_starts_again_meet_again(tmp_path: Path) -> None:
+    (tmp_path / "again.py").write_text(STARTED_AGAIN)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "--max-restarts=1"]
+    done = subprocess.run(
+        [*torchrun, "again.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("met 1 [0, 1, 2]") == 3
