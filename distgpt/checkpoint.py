@@ -5,8 +5,8 @@ for what is no tensor, and `manifest.json` with the size and sha256 of every fil
 
 1. `begin`: files are written into a folder of another name, of which nobody else knows, and flushed one by one.
 2. `seal`: the manifest is written last, from what is on disk, and the folder's entries are flushed.
-3. `publish`: one rename gives the folder its name; the rename is flushed. Before, there is the last checkpoint; after,
-   the new one; there is no between.
+3. `publish`: one rename gives the folder its name; the rename is flushed, as `checkpoints` itself was before. Until
+   then there is the last checkpoint; from then on, the new one; there is no between.
 4. `prune`: only then, and only once the new one has been read back whole, older ones are deleted, by rename first.
 5. `newest`: what a crash, a full disk or a bad sector has spoilt does not verify, and the one before it is taken.
 
@@ -72,6 +72,7 @@ def publish(partial: Path, output_dir: Path, step: int) -> Path:
     """Give a sealed folder its name, replacing a checkpoint of that step that the run has passed over."""
     target = output_dir / "checkpoints" / f"step-{step:08d}"
     durable.remove(target)
+    durable.sync(output_dir)  # `checkpoints` and metrics.jsonl may be new there
     partial.rename(target)
     durable.sync(target.parent)
     return target
