@@ -105,7 +105,7 @@ def verify(path: Path) -> dict[str, Any]:
             f"{path}: format {manifest.get('format')}, expected {FORMAT}; use the distgpt that wrote it"
         )
     listed = manifest.get("files")
-    if (path / MANIFEST).read_text(encoding="utf-8") != to_json(manifest) or not isinstance(listed, dict):
+    if (path / MANIFEST).read_bytes() != to_json(manifest).encode() or not isinstance(listed, dict):
         raise CheckpointError(f"{path / MANIFEST}: damaged; restore or delete {path}")
     found = {file.name for file in path.iterdir()} - {MANIFEST}
     for name in sorted(listed.keys() | found | {STATE}):
