@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from distgpt import checkpoint, durable, train, trained
+from distgpt import checkpoint, durable, saver, train, trained
+from distgpt import config as configs
 from distgpt.checkpoint import newest, verify
 from distgpt.errors import CheckpointError, DataError
 from distgpt.model import DecoderLM
+from distgpt.optim import build_optimizer
+from distgpt.tokenizer import load_tokenizer
+from tests.conftest import REPO, training_curve
+from tests.test_exercise import ALONE
 
 
 @pytest.fixture
@@ -174,3 +182,67 @@ def test_weights_that_are_no_numbers_are_refused(output_dir: Path) -> None:
     (output_dir / trained.WEIGHTS).write_bytes(raw)
     with pytest.raises(CheckpointError, match="holds NaN or infinity"):
         trained.load(output_dir)
+
+
+def test_a_newer_format_is_refused_with_both_versions_named(output_dir: Path, whole: Path) -> None:
+    manifest = whole / checkpoint.MANIFEST
+    value = json.loads(manifest.read_text()) | {"format": checkpoint.FORMAT + 1}
+    manifest.write_text(checkpoint.to_json(value))
+    expected = f"format {checkpoint.FORMAT + 1}, expected {checkpoint.FORMAT}; use the distgpt that wrote it"
+    with pytest.raises(CheckpointError, match=re.escape(f"{whole}: {expected}")):
+        verify(whole)
+    found, rejected = newest(output_dir)
+    assert found is not None and found.step == 8 and expected in rejected[0]
+
+
+OLD = REPO / "tests" / "fixtures"
+"""A run of 4 steps on tokens.npz, as `checkpoint-format-1` was written by the first distgpt that had a format."""
+
+OLD_CONFIG = """
+output_dir: run
+tokenizer_encoding: bytes
+model_config: {n_embd: 8, n_head: 2, n_positions: 8, n_layer: 1}
+data: tokens.npz
+device: cpu
+precision: fp32
+compile: off
+global_batch_size: 4
+batch_size: 2
+seq_len: 8
+num_warmup_steps: 1
+num_training_steps: 6
+min_lr: 0.1
+max_lr: 0.1
+log_every: 1
+wandb: disabled
+"""
+
+
+@pytest.fixture
+def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An output folder, relative to which that run would go on, that holds a copy of its checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(OLD / "tokens.npz", tmp_path)
+    (tmp_path / "old.yaml").write_text(OLD_CONFIG)
+    shutil.copytree(OLD / "checkpoint-format-1", tmp_path / "run" / "checkpoints" / "step-00000004")
+    return tmp_path / "run"
+
+
+def test_a_checkpoint_of_format_1_gives_the_tensors_that_were_saved(old: Path) -> None:
+    found, rejected = newest(old)
+    assert found is not None and found.step == 4 and not rejected
+    config = configs.load(old.with_name("old.yaml"))
+    model = trained.build_model(config, load_tokenizer("bytes")).to_empty(device="cpu")
+    optimizer = build_optimizer(model, config.optimizer)
+    saver.restore(found, model, optimizer, ALONE)
+    got = {
+        name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+        for name, tensor in saver.tensors_of(model, optimizer).items()
+    }
+    assert got == json.loads((OLD / "checkpoint-format-1.json").read_text())
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_format_1(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train.main([str(old.with_name("old.yaml"))])
+    assert "going on after step 4" in capsys.readouterr().out
+    assert [step for step, _, _ in training_curve(old)] == [5, 6]
