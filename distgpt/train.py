@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import secrets
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +22,7 @@ from distgpt import supervise
 if __name__ == "__main__":
     supervise.listen()  # before torch, which takes seconds to load
 
+import numpy as np
 import torch
 
 from distgpt import check, checkpoint, durable, trained
@@ -256,6 +259,19 @@ def platform(world: World) -> dict[str, Any]:
     }
 
 
+def installed() -> dict[str, str]:
+    """What every rank must have alike for a run to be one: Python, libraries and this package's own source."""
+    source = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        source.update(path.name.encode() + path.read_bytes())
+    return {
+        "Python version": sys.version.split()[0],
+        "torch version": torch.__version__,
+        "numpy version": np.__version__,
+        "distgpt's source": source.hexdigest()[:12],
+    }
+
+
 def prepare_output_dir(output_dir: Path, config: Config, anew: bool) -> None:
     """Write the resolved config; `anew` first deletes what an earlier run left (and only that)."""
     if anew:
@@ -331,8 +347,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     config = configs.load(options.config, options.overrides)
     world = worlds.start(config.device, 60 * config.hang_minutes)
-    settings = {"--fresh": options.fresh, "--from": options.source, "torch version": torch.__version__}
-    world.check_same(dataclasses.asdict(config) | settings)
+    settings = {"--fresh": options.fresh, "--from": options.source}
+    world.check_same(dataclasses.asdict(config) | settings | installed())
     source = Path(options.source) if options.source else None
     with Supervisor(Path(config.output_dir), config.max_minutes, 60 * config.hang_minutes, world) as supervisor:
         code = train(config, options.fresh, source, world, supervisor)

@@ -125,7 +125,7 @@ class World:
             result = action()
         except (UserError, OSError) as error:
             kind = type(error).__name__ if isinstance(error, UserError) else MachineError.__name__
-            failure = [kind, str(error) if isinstance(error, UserError) else f"{error.filename}: {error.strerror}"]
+            failure = [kind, str(error) if isinstance(error, UserError) else errors.failure(error)]
         for rank, failed in enumerate(self.gather(failure)):
             if failed is not None:
                 kind, text = failed
@@ -144,18 +144,20 @@ class World:
         return first if self.is_first else other  # type: ignore[return-value]
 
     def check_same(self, values: dict[str, Any]) -> None:
-        """Raise ConfigError on every rank unless all ranks hold the same `values`. Every rank calls."""
+        """Raise ConfigError on every rank, a line for each key, unless all hold the same `values`. Every rank calls."""
         everyone = self.gather(values)
+        lines = []
         for key in values:
             found = [json.dumps(theirs.get(key)) for theirs in everyone]
             different = [rank for rank, text in enumerate(found) if text != found[0]]
             if different:
                 rank = different[0]
-                raise ConfigError(
+                lines.append(
                     f"{key}: rank 0 has {found[0]} and rank {rank} has {found[rank]}, expected the same on every rank; "
-                    "start all machines with the same files and arguments",
-                    everywhere=True,
+                    "start all machines with the same files and arguments"
                 )
+        if lines:
+            raise ConfigError("\n".join(lines), everywhere=True)
 
     def aside(self) -> World:
         """The same world for another thread, whose collectives do not meet this one's. Every rank calls."""

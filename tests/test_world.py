@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from distgpt import world as worlds
 from distgpt.errors import MachineError
-from tests.conftest import command, environment
+from tests.conftest import REPO, command, environment
 from tests.ranks import results
 
 
@@ -133,7 +135,7 @@ def test_two_of_three_ranks_leave_with_code_6_and_name_the_third(config_file: Pa
     ]
     for process in started:
         _, stderr = process.communicate(timeout=120)
-        assert process.returncode == 6
+        assert process.returncode == 6, stderr
         assert stderr == (
             f"distgpt: error: process group: rank 2 of 3 did not come to 127.0.0.1:{port} within 12 s, "
             "expected all; start them all, with this MASTER_ADDR and MASTER_PORT\n"
@@ -162,3 +164,32 @@ def test_ranks_that_torchrun_starts_again_meet_again(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("met 1 [0, 1, 2]") == 3
+
+
+def test_ranks_of_other_configs_libraries_or_source_are_refused_with_both_values(
+    config_file: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(REPO / "distgpt", other / "distgpt", ignore=shutil.ignore_patterns("__pycache__"))
+    with (other / "distgpt" / "loss.py").open("a") as file:
+        file.write("\n# one line more\n")
+    (other / "sitecustomize.py").write_text("import numpy\nnumpy.__version__ = '1.26.0'\n")
+    address = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = [
+        subprocess.Popen(
+            command("train", [config_file, f"seed={rank}"]),
+            cwd=tmp_path,
+            env=environment(RANK=str(rank), PYTHONPATH=str(path), **address),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, path in enumerate((REPO, other))
+    ]
+    for process in started:
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 2, stderr
+        lines = stderr.splitlines()
+        assert [line.split(": ")[2] for line in lines] == ["seed", "numpy version", "distgpt's source"]
+        assert lines[0].startswith("distgpt: error: seed: rank 0 has 0 and rank 1 has 1, expected the same on every")
+        assert f'rank 0 has "{np.__version__}" and rank 1 has "1.26.0"' in lines[1]
+    assert not (tmp_path / "run").exists()
