@@ -6,6 +6,7 @@ ranks, keeps nothing resident, and reports a file cut short as an error where a 
 
 from __future__ import annotations
 
+import io
 import lzma
 import os
 import shutil
@@ -19,13 +20,17 @@ from typing import BinaryIO
 import numpy as np
 
 from distgpt import durable
-from distgpt.errors import DataError
+from distgpt.errors import DataError, one_line
 
 RETRY_SECONDS = (0.1, 1.0, 3.0)
 """Pauses before reading again what could not be read."""
 
 SCAN_TOKENS = 2**20
 """Tokens looked at in one piece when a whole array is checked."""
+
+
+MOST_HEADER_BYTES = 2**14
+"""Of an .npy file; numpy itself reads headers of at most 10,000 characters."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +57,8 @@ class TokenArray:
     def read(self, start: int, stop: int, n_vocab: int) -> np.ndarray:
         """Tokens [start, stop) as int64. Raises DataError where the file ends early or an id is not below `n_vocab`."""
         itemsize = self.dtype.itemsize
-        wanted, position = (stop - start) * itemsize, self.offset + start * itemsize
-        pieces, missing = [], wanted
-        while missing:
-            piece = read_patiently(self, missing, position + wanted - missing)
-            if not piece:
-                size = os.fstat(self.descriptor).st_size
-                raise DataError(
-                    f"{self.path}: ends at byte {size}, expected {position + wanted} or more "
-                    f"({self.name} token {stop - 1:,}); the file was cut short or replaced: restore it"
-                )
-            pieces.append(piece)
-            missing -= len(piece)
-        tokens = np.frombuffer(b"".join(pieces), dtype=self.dtype).astype(np.int64)
+        raw = self.read_bytes(self.offset + start * itemsize, (stop - start) * itemsize)
+        tokens = np.frombuffer(raw, dtype=self.dtype).astype(np.int64)
         if tokens.size and (tokens.max() >= n_vocab or tokens.min() < 0):
             index = int(np.argmax((tokens >= n_vocab) | (tokens < 0)))
             raise DataError(
@@ -72,6 +66,20 @@ class TokenArray:
                 "(the tokenizer's vocabulary); check tokenizer_encoding or make the tokens again"
             )
         return tokens
+
+    def read_bytes(self, position: int, size: int) -> bytes:
+        """So many bytes of the file. Raises DataError where it ends early or cannot be read."""
+        pieces, missing = [], size
+        while missing:
+            piece = read_patiently(self, missing, position + size - missing)
+            if not piece:
+                raise DataError(
+                    f"{self.path}: ends at byte {os.fstat(self.descriptor).st_size}, expected {position + size} or "
+                    f"more (for {self.name}); the file was cut short or replaced: restore it"
+                )
+            pieces.append(piece)
+            missing -= len(piece)
+        return b"".join(pieces)
 
     def check(self, n_vocab: int, limit: int | None = None) -> None:
         """Read everything (past `limit` tokens: about that many, evenly spread) and raise what `read` raises."""
@@ -88,7 +96,7 @@ class TokenArray:
         start, size, expected = self.stored
         found = 0
         for position in range(start, start + size, SCAN_TOKENS):
-            found = zlib.crc32(os.pread(self.descriptor, min(SCAN_TOKENS, start + size - position), position), found)
+            found = zlib.crc32(self.read_bytes(position, min(SCAN_TOKENS, start + size - position)), found)
         if found != expected:
             raise DataError(
                 f"{self.path}: {self.name} has checksum {found:08x}, expected {expected:08x} as the file says; "
@@ -138,13 +146,16 @@ def open_tokens(path: str | Path) -> dict[str, TokenArray]:
 def open_npz(path: Path) -> dict[str, TokenArray]:
     """Every array of a zip of .npy files; stored members are read in place, compressed ones from an unpacked copy."""
     arrays: dict[str, TokenArray] = {}
+    size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
-                name = member.filename.removesuffix(".npy")
+                name = one_line(member.filename.removesuffix(".npy"))
                 fingerprint = f"{member.file_size}-{member.CRC:08x}"
                 if member.compress_type == zipfile.ZIP_STORED:
                     start = member_start(archive, member)
+                    if start + member.file_size > size:  # nothing is to be read for ever
+                        raise zipfile.BadZipFile(f"{member.filename!r} is said to have {member.file_size:,} bytes")
                     array = open_npy(path, name, start, start + member.file_size, fingerprint)
                     arrays[name] = replace(array, stored=(start, member.file_size, member.CRC))
                 else:
@@ -158,9 +169,7 @@ def open_npz(path: Path) -> dict[str, TokenArray]:
         zlib.error,
         lzma.LZMAError,
     ) as error:
-        raise DataError(
-            f"{path}: damaged .npz ({path.stat().st_size:,} bytes: {error}); fetch or make it again"
-        ) from None
+        raise DataError(f"{path}: damaged .npz ({size:,} bytes: {error}); fetch or make it again") from None
     return arrays
 
 
@@ -170,7 +179,7 @@ def member_start(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
     archive.fp.seek(member.header_offset)
     header = archive.fp.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise zipfile.BadZipFile(f"no local header for {member.filename}")
+        raise zipfile.BadZipFile(f"no local header for {member.filename!r}")
     return member.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
 
 
@@ -185,8 +194,8 @@ def unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> Pat
         free = shutil.disk_usage(folder).free
         if member.file_size > free:
             raise DataError(
-                f"{path}: {member.filename} is compressed and needs {member.file_size:,} bytes unpacked, but {folder} "
-                f"has {free:,} free; make room, or save it with numpy.savez instead of savez_compressed"
+                f"{path}: {one_line(member.filename)} is compressed and needs {member.file_size:,} bytes unpacked, but "
+                f"{folder} has {free:,} free; make room, or save it with numpy.savez instead of savez_compressed"
             )
         with durable.replacing(target) as partial, archive.open(member) as packed, partial.open("wb") as file:
             shutil.copyfileobj(packed, file, 2**20)
@@ -206,8 +215,9 @@ def open_npy(
         size = os.fstat(file.fileno()).st_size
         stop = size if stop is None else stop
         file.seek(start)
-        shape, dtype = read_npy_header(file, f"{path}: {name}")
-        offset = file.tell()
+        head = io.BytesIO(file.read(MOST_HEADER_BYTES))  # numpy would take memory for whatever length it finds in it
+        shape, dtype = read_npy_header(head, f"{path}: {name}")
+        offset = start + head.tell()
         if dtype.hasobject:
             raise DataError(f"{path}: {name} holds Python objects (a pickle), which are never loaded; save integers")
         if dtype.kind not in "iu" or len(shape) != 1:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import struct
+import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -11,7 +15,7 @@ import numpy as np
 import pytest
 
 from distgpt.errors import DataError
-from distgpt.shards import SCAN_TOKENS, open_tokens, smallest_dtype, write_npz
+from distgpt.shards import SCAN_TOKENS, TokenArray, open_tokens, smallest_dtype, write_npz
 
 IDS = np.random.default_rng(0).integers(0, 200, 5000)
 DTYPES = ["uint8", "int16", "uint16", ">u2", "int32", "uint32", ">i4", "int64", "uint64"]
@@ -180,3 +184,136 @@ def test_any_damage_to_a_file_is_an_error_of_ours_or_none(tmp_path: Path, seed: 
 def test_a_folder_is_no_token_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="got a folder"):
         open_tokens(tmp_path)
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> TokenArray:
+    np.savez(tmp_path / "t.npz", train=IDS.astype(np.uint16))
+    return open_tokens(tmp_path / "t.npz")["train"]
+
+
+@pytest.mark.parametrize("use", ["read", "verify"])
+@pytest.mark.parametrize("failures", [1, 3, 4])
+def test_what_cannot_be_read_is_asked_for_four_times_with_growing_pauses(
+    train: TokenArray, monkeypatch: pytest.MonkeyPatch, use: str, failures: int
+) -> None:
+    pauses: list[float] = []
+    errors = [OSError(errno.EIO, "Input/output error") for _ in range(failures)]
+    pread = os.pread
+
+    def failing(*place: int) -> bytes:
+        if errors:
+            raise errors.pop()
+        return pread(*place)
+
+    monkeypatch.setattr(os, "pread", failing)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    action = train.verify if use == "verify" else lambda: train.read(0, 5000, 200)
+    if failures < 4:
+        action()
+    else:
+        with pytest.raises(DataError, match=r"t\.npz: cannot read at byte \d+: Input/output error, 4 times; mend the"):
+            action()
+    assert pauses == [0.1, 1.0, 3.0][:failures]
+
+
+def test_a_read_that_the_system_cuts_short_is_completed(train: TokenArray, monkeypatch: pytest.MonkeyPatch) -> None:
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, position: pread(file, min(size, 777), position))
+    np.testing.assert_array_equal(train.read(0, 5000, 200), IDS)
+    train.verify()
+
+
+@pytest.mark.parametrize("n_vocab", [65_535, 65_536, 65_537])
+def test_every_id_of_a_vocabulary_at_the_edge_of_16_bits_comes_back(tmp_path: Path, n_vocab: int) -> None:
+    write_npz(tmp_path / "t.npz", {"train": np.arange(n_vocab, dtype=smallest_dtype(n_vocab))})
+    np.testing.assert_array_equal(
+        open_tokens(tmp_path / "t.npz")["train"].read(0, n_vocab, n_vocab), np.arange(n_vocab)
+    )
+
+
+def zipped(path: Path, name: str, content: bytes, compression: int = zipfile.ZIP_STORED, size: int = 0) -> Path:
+    """A .npz of one member; with `size`, its directory lies about how large that is."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr(zipfile.ZipInfo(name), content, compression)
+        archive.filelist[0].file_size = size or len(content)
+    return path
+
+
+def npy(dtype: str = "<u2", shape: str = "(9,)", version: bytes = b"\1\0", header_bytes: int | None = None) -> bytes:
+    """An array file that says of itself what it likes, with 18 bytes of content."""
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    size = struct.pack("<H" if version == b"\1\0" else "<I", header_bytes or len(header))
+    return b"\x93NUMPY" + version + size + header + bytes(18)
+
+
+@pytest.mark.parametrize("size", [10**6, 2**32, 2**62])
+def test_a_member_that_is_said_to_be_larger_than_its_file_is_refused(tmp_path: Path, size: int) -> None:
+    path = zipped(tmp_path / "t.npz", "train.npy", npy(), size=size)
+    with pytest.raises(DataError, match=rf"'train\.npy' is said to have {size:,} bytes"):
+        open_tokens(path)
+
+
+def test_a_compressed_member_larger_than_the_disk_is_not_unpacked(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "t.npz", "train.npy", npy(), zipfile.ZIP_DEFLATED, size=2**62)
+    with pytest.raises(DataError, match=r"needs 4,611,686,018,427,387,904 bytes unpacked"):
+        open_tokens(path)
+    assert not list(tmp_path.glob("**/*.npy"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npy(shape=f"({2**63},)"),
+        npy(shape=f"({2**64 + 1},)"),
+        npy(shape=f"({2**200},)"),
+        npy(shape=f"({2**32}, {2**32})"),
+        npy(dtype="<u99999999999"),
+        npy(dtype=f"V{2**31 - 1}"),
+        npy(version=b"\2\0", header_bytes=2**32 - 1),
+        npy(version=b"\2\0", shape="(" + "(" * 90_000),
+    ],
+)
+def test_sizes_in_a_header_are_compared_with_the_file_before_memory_is_taken(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "t.npy").write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"^[^\n]*t\.npy[^\n]*$"):
+            open_tokens(tmp_path / "t.npy")
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../outside.npy",
+        "/outside.npy",
+        "..npy",
+        "...npy",
+        "../..",
+        "a/../../../outside",
+        "\\..\\outside.npy",
+        "C:outside.npy",
+        "x" * 300 + ".npy",
+        "new\nline.npy",
+        "\x1b[2J.npy",
+        "outside.npy/",
+        ".npy",
+    ],
+)
+def test_a_members_name_never_leads_out_of_its_folder(tmp_path: Path, name: str, compression: int) -> None:
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    path = zipped(folder / "t.npz", name, npy(), compression)
+    try:
+        for array in open_tokens(path).values():
+            assert array.path == path or array.path.parent == folder / "t.npz.unpacked"
+            assert array.name.isprintable()
+            array.check(200)
+    except DataError as error:
+        assert "\n" not in str(error)
+    outside = [found for found in tmp_path.rglob("*") if found.is_file() and folder not in found.parents]
+    assert not outside and not Path("/outside.npy").exists()
