@@ -32,6 +32,9 @@ SCAN_TOKENS = 2**20
 MOST_HEADER_BYTES = 2**14
 """Of an .npy file; numpy itself reads headers of at most 10,000 characters."""
 
+UNPACKED = ".unpacked"
+"""Added to the name of a compressed .npz for the folder of its unpacked arrays, which are made again if deleted."""
+
 
 @dataclass(frozen=True)
 class TokenArray:
@@ -49,7 +52,7 @@ class TokenArray:
     """Differs between files of different tokens. It comes from headers, so it does not find a flipped byte."""
     descriptor: int
     stored: tuple[int, int, int] | None = None
-    """First byte, bytes and CRC-32 of the zip member that holds the array; None for a plain .npy."""
+    """First byte, bytes and CRC-32 of the zip member that holds the array, or held it; None for a plain .npy."""
 
     def __len__(self) -> int:
         return self.length
@@ -98,9 +101,10 @@ class TokenArray:
         for position in range(start, start + size, SCAN_TOKENS):
             found = zlib.crc32(self.read_bytes(position, min(SCAN_TOKENS, start + size - position)), found)
         if found != expected:
+            remedy = "delete it" if self.path.parent.suffix == UNPACKED else "fetch or make it again"
             raise DataError(
                 f"{self.path}: {self.name} has checksum {found:08x}, expected {expected:08x} as the file says; "
-                "it is damaged: fetch or make it again"
+                f"it is damaged: {remedy}"
             )
 
 
@@ -159,7 +163,8 @@ def open_npz(path: Path) -> dict[str, TokenArray]:
                     array = open_npy(path, name, start, start + member.file_size, fingerprint)
                     arrays[name] = replace(array, stored=(start, member.file_size, member.CRC))
                 else:
-                    arrays[name] = open_npy(unpack(archive, member, path), name, fingerprint=fingerprint)
+                    array = open_npy(unpack(archive, member, path), name, fingerprint=fingerprint)
+                    arrays[name] = replace(array, stored=(0, member.file_size, member.CRC))  # as it was when packed
     except (
         zipfile.BadZipFile,
         NotImplementedError,
@@ -185,7 +190,7 @@ def member_start(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
 
 def unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> Path:
     """A compressed member as a file of its own in `PATH.unpacked/`, made once; complete or absent."""
-    folder = path.with_name(path.name + ".unpacked")
+    folder = path.with_name(path.name + UNPACKED)
     target = folder / f"{Path(member.filename).stem}-{member.CRC:08x}.npy"
     if target.exists() and target.stat().st_size == member.file_size:
         return target
