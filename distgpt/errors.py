@@ -125,14 +125,20 @@ def diagnose(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, UserError):
         return error.exit_code, str(error)
     if isinstance(error, OSError) and error.strerror is not None:
-        place = error.filename or "a file or stream"
-        text = f"{place}: {error.strerror}; mend that and run the same command again"
+        text = f"{failure(error)}; mend that and run the same command again"
         return MachineError.exit_code, one_line(text)
     out_of_memory = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
     if out_of_memory:  # torch's errors of this kind are RuntimeErrors
         reason = (str(error).splitlines() or ["out of memory"])[0]
         return MachineError.exit_code, f"{reason}; lower batch_size (the result stays the same) or the model"
     return None
+
+
+def failure(error: BaseException) -> str:
+    """What went wrong, and where, in a few words."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def leave(code: int | None) -> None:

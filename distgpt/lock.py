@@ -46,7 +46,7 @@ class Lock:
     def __init__(self, output_dir: Path, restarts: int) -> None:
         self.output_dir = output_dir
         output_dir.mkdir(parents=True, exist_ok=True)
-        self.file: TextIO = (output_dir / ".lock").open("a+")
+        self.file: TextIO = open(os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666), "r+")  # no O_APPEND
         self.waited = wait_for(self.file, output_dir)
         """Whether another run had to end first."""
         self.progress = self.count_crashes(read_status(output_dir), restarts)

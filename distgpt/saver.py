@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from distgpt import checkpoint, durable
 from distgpt.checkpoint import Checkpoint
-from distgpt.errors import MachineError
+from distgpt.errors import MachineError, failure
 from distgpt.world import World
 
 FILE_BYTES = 2**28
@@ -116,14 +116,14 @@ class Saver:
         """
         if self.thread is not None:
             self.thread.join()
-        self.thread, failure, self.failure = None, self.failure, None
-        if failure is None:
+        self.thread, error, self.failure = None, self.failure, None
+        if error is None:
             return
-        if not isinstance(failure, MachineError):
-            raise failure
+        if not isinstance(error, MachineError):
+            raise error
         if last or self.failures >= MOST_FAILURES:
             count = "" if self.failures < 2 else f" ({self.failures} saves in a row have failed)"
-            raise MachineError(f"{failure}{count}", everywhere=True)
+            raise MachineError(f"{error}{count}", everywhere=True)
 
 
 def write(
@@ -166,7 +166,8 @@ def write(
             causes = {rank: cause[0] for rank, cause in error.failures.items()}
             if not all(isinstance(cause, OSError | MemoryError) for cause in causes.values()):
                 raise
-            reason = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())
+            named = {rank: f"rank {rank}: " if rank else "" for rank in causes}
+            reason = "; ".join(named[rank] + failure(cause) for rank, cause in causes.items())
         if world.is_first:
             durable.remove_leftovers(output_dir / "checkpoints", ".step-*")
         raise MachineError(

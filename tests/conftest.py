@@ -8,7 +8,7 @@ import json.encoder as other_source
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,22 @@ def run(tmp_path: Path) -> Run:
         )
 
     return start
+
+
+@pytest.fixture
+def begin(config_file: Path, tmp_path: Path) -> Iterator[Any]:
+    """Starts runs of the tiny config in the background; kills what is left of them afterwards."""
+    from tests.started import Started
+
+    started: list[Started] = []
+
+    def start(ranks: int, *arguments: str, **settings: Any) -> Any:
+        started.append(Started(tmp_path, ranks, *arguments, **settings))
+        return started[-1]
+
+    yield start
+    for run in started:
+        run.end()
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:

@@ -59,6 +59,7 @@ ACTIONS: dict[str, Callable[..., None]] = {
     "enospc": functools.partial(fail, lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "injected")),
     "eio": functools.partial(fail, lambda: OSError(errno.EIO, os.strerror(errno.EIO), "injected")),
     "flip": flip,
+    "term": lambda *_: os.kill(os.getpid(), signal.SIGTERM),
     "nan": lambda *_: None,
     "torn": kill_self,
 }
