@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -180,3 +181,27 @@ def test_mixing_uses_all_bits() -> None:
     flipped = data.mix(np.uint64(1) << np.arange(64, dtype=np.uint64)) ^ data.mix(np.zeros(64, dtype=np.uint64))
     changed_bits = np.array([int(word).bit_count() for word in flipped])
     assert changed_bits.min() > 16 and 28 < changed_bits.mean() < 36
+
+
+def test_reading_draws_from_no_generator_and_moves_none(tmp_path: Path) -> None:
+    r = reader(tmp_path, 20, 5, 1, 0)
+    seen = []
+    for seed in (0, 1):
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+        before = [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()]
+        seen.append([batch.ids_BT.tolist() for batches in r.steps(0, 3, CPU) for batch in batches])
+        assert [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()] == before
+    assert seen[0] == seen[1]
+
+
+def test_twenty_passes_keep_no_more_memory_than_one(tmp_path: Path) -> None:
+    """Of a file eight times as large as what may be kept."""
+    np.save(tmp_path / "long.npy", np.zeros(8 * 2**20, dtype=np.uint16))  # 16 MiB, in 511 windows
+    r = ShuffledReader(open_tokens(tmp_path / "long.npy")["tokens"], 257, 2**14, 0, BatchPlan(511, 8, 1), 0)
+    resident = []
+    for first in range(20):
+        for start in range(first * 511, (first + 1) * 511, 8):
+            for window in r.windows(np.arange(start, start + 8)):
+                r.tokens.read(window * 2**14, (window + 1) * 2**14 + 1, 257)
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    assert resident[-1] - resident[0] < 2 * 2**20

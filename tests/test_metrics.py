@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import json
 import math
 import sys
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -124,3 +127,31 @@ def test_memory_that_is_not_known_is_not_a_number(config: Config, capsys: pytest
     printed = capsys.readouterr().out
     assert "memory  n/a at most" in printed and "memory  1.50 GB to 2.50 GB at most" in printed
     assert next(iter(read_metrics(Path(config.output_dir))))["peak-bytes"] == [None, None]
+
+
+class Full:
+    """A file on a disk that is full until it is not, and then takes half of what it is given at a time."""
+
+    def __init__(self, file: io.FileIO, failures: int) -> None:
+        self.file, self.failures = file, failures
+
+    def write(self, raw: bytes) -> int:
+        if self.failures > 0:
+            self.failures -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.file.write(raw[: -(-len(raw) // 2)])
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def test_a_full_disk_delays_the_record_and_is_told_once(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    log = make_log(config)
+    log.file = cast(Any, Full(log.file, failures=3))
+    for step in range(1, 21):
+        log.step(step, 3.5, 1e-3, 0.5)
+    log.close()
+    written = (Path(config.output_dir) / "metrics.jsonl").read_bytes()
+    steps = [json.loads(line)["step"] for line in written.split(b"\n")[:-1]]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 18  # half a write behind
+    assert capsys.readouterr().out.count("warning: metrics.jsonl: No space left on device") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -56,6 +57,19 @@ def test_a_gpu_that_is_not_there_is_refused(device: str) -> None:
         worlds.choose_device(device, 0, 1)
 
 
+@pytest.mark.parametrize(("device", "local_rank", "size"), [("cuda", 2, 3), ("auto", 2, 3), ("cuda:2", 0, 1)])
+def test_more_ranks_than_gpus_are_refused(
+    monkeypatch: pytest.MonkeyPatch, device: str, local_rank: int, size: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert worlds.choose_device("cuda", 1, 2) == torch.device("cuda", 1)
+    with pytest.raises(
+        MachineError, match=r"device: got cuda:2, but this machine has 2 GPU\(s\); start at most one rank"
+    ):
+        worlds.choose_device(device, local_rank, size)
+
+
 def test_threads_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     alone = worlds.choose_threads(1)
@@ -64,6 +78,20 @@ def test_threads_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert worlds.choose_threads(2) == max(1, alone // 2)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert worlds.choose_threads(2) == 3
+    for nonsense in ("0", "-4", "many", "99999", "\u0663"):
+        monkeypatch.setenv("OMP_NUM_THREADS", nonsense)
+        assert worlds.choose_threads(1) == alone
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system gives a process all processors")
+def test_only_the_processors_that_this_process_may_use_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    usable = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(usable)})
+        assert worlds.choose_threads(1) == 1
+    finally:
+        os.sched_setaffinity(0, usable)
 
 
 @pytest.fixture
