@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from distgpt.checkpoint import Checkpoint
 from distgpt.config import Config
 from distgpt.corpus import ORDER_VERSION, Tokens, open_corpus
 from distgpt.errors import CheckpointError, ConfigError, DataError, MachineError, file_name, leave, run_command
-from distgpt.tokenizer import Tokenizer, load_saved, load_tokenizer
+from distgpt.tokenizer import Tokenizer, load_tokenizer
 
 MAY_CHANGE = {
     "output_dir",
@@ -56,7 +57,7 @@ class Start:
     results: dict[str, Any] | None
     """eval.json of a run that is finished already."""
     source: Path | None
-    """Folder of a finished run whose weights a new run begins with."""
+    """Folder of a finished run, or of a checkpoint, whose weights a new run begins with."""
     notes: list[str]
     """What the user should know before the run begins, a line each."""
 
@@ -74,7 +75,7 @@ def check(
 ) -> Start:
     """Check all that a run needs and find where it begins. `fresh` ignores what is in the output folder.
 
-    A run that has a checkpoint goes on from it; only a new one begins with the weights of the run in `source`.
+    A run that has a checkpoint goes on from it; only a new one begins with the weights of `source`.
     `found` is what `newest` has found already: hashing takes a while.
 
     Raises a UserError; writes nothing but the sample corpus where it is needed (or a compressed .npz, unpacked).
@@ -104,7 +105,7 @@ def check(
     )
     if resume is None:
         if source is not None:
-            check_source(source, tokenizer)
+            check_source(source, config, tokenizer)
         return Start(tokenizer, tokens, None, None, source, notes)
     refuse_changes(config, tokenizer, tokens, resume)
     notes.extend(
@@ -113,15 +114,18 @@ def check(
     return Start(tokenizer, tokens, resume, finished_results(output_dir, resume.step, config), None, notes)
 
 
-def check_source(source: Path, tokenizer: Tokenizer) -> None:
-    """Raise CheckpointError unless `source` holds a finished run, ConfigError if its tokens are others."""
-    trained.check(source)
-    theirs = load_saved(source / trained.TOKENIZER)
-    if theirs.fingerprint != tokenizer.fingerprint:
+def check_source(source: Path, config: Config, tokenizer: Tokenizer) -> None:
+    """Raise CheckpointError unless `source` holds a model of this shape, ConfigError if its tokens are others."""
+    theirs, their_tokenizer = trained.check(source)
+    if their_tokenizer.fingerprint != tokenizer.fingerprint:
         raise ConfigError(
             f"tokenizer_encoding: got tokens of {tokenizer.fingerprint}, but {source} was trained on tokens of "
-            f"{theirs.fingerprint}; use its encoding"
+            f"{their_tokenizer.fingerprint}; use its encoding"
         )
+    mine, old = dataclasses.asdict(config.model_config), dataclasses.asdict(theirs.model_config)
+    if different := [key for key in mine if mine[key] != old[key]]:
+        lines = [f"model_config.{key}: got {mine[key]}, but {source} has {old[key]}; use its" for key in different]
+        raise CheckpointError("\n".join(lines))
 
 
 def check_output_dir(output_dir: Path) -> None:
@@ -217,7 +221,9 @@ def main(arguments: Sequence[str]) -> None:
     """Check a config, its tokens and its output folder without starting the run."""
     parser = configs.config_parser("python -m distgpt.check", str(main.__doc__))
     parser.add_argument("--fresh", action="store_true", help="ignore an earlier run in output_dir")
-    parser.add_argument("--from", dest="source", type=file_name, metavar="RUN", help="a finished run to begin with")
+    parser.add_argument(
+        "--from", dest="source", type=file_name, metavar="RUN", help="a run or checkpoint to begin with"
+    )
     parser.add_argument("--for-launcher", action="store_true", help="print the device and the output folder only")
     options = parser.parse_intermixed_args(arguments)
     config = configs.load(options.config, options.overrides)

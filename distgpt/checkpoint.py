@@ -89,6 +89,12 @@ def newest(output_dir: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, rejected
 
 
+def at(path: Path) -> Checkpoint | None:
+    """The checkpoint whose folder `path` is; None for a path that is not named like one. Raises CheckpointError."""
+    match = NAME.fullmatch(path.name)
+    return Checkpoint(path, int(match[1]), verify(path)) if match else None
+
+
 def on_disk(output_dir: Path) -> Iterator[tuple[int, Path]]:
     """Every folder that is named like a checkpoint, with its step."""
     folder = output_dir / "checkpoints"

@@ -99,7 +99,10 @@ def main(arguments: Sequence[str]) -> None:
     """Score a trained model on held-out tokens or text."""
     parser = Parser(prog="python -m distgpt.evaluate", description=main.__doc__)
     parser.add_argument(
-        "run", type=file_name, metavar="RUN", help="output_dir of a finished run, such as outputs/GPT-tiny"
+        "run",
+        type=file_name,
+        metavar="RUN",
+        help="a finished run, such as outputs/GPT-tiny, or a checkpoint",
     )
     text = ".npz, .npy or text file (default: the run's validation tokens)"
     parser.add_argument("--data", type=file_name, metavar="FILE", help=text)

@@ -154,7 +154,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line, its numbers checked. Raises ConfigError."""
     parser = Parser(prog="python -m distgpt.generate", description=main.__doc__)
     parser.add_argument(
-        "run", type=file_name, metavar="RUN", help="output_dir of a finished run, such as outputs/GPT-tiny"
+        "run",
+        type=file_name,
+        metavar="RUN",
+        help="a finished run, such as outputs/GPT-tiny, or a checkpoint",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated")

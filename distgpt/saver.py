@@ -189,7 +189,7 @@ def restore(found: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimize
     """Put a checkpoint's tensors into the model and its optimizer. Every rank calls, with any number of ranks."""
     parts = state_of(model, optimizer)
     tensors = {name: value for name, value in parts.items() if isinstance(value, Tensor)}
-    read(found, tensors, world)
+    read(found.path, tensors, alone=not world.grouped)
     owners: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}}
     for name, value in (parts | tensors).items():
         owner, _, rest = name.partition(".")
@@ -198,10 +198,9 @@ def restore(found: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimize
     set_optimizer_state_dict(model, optimizer, owners["optimizer"], options=FLAT)
 
 
-def read(found: Checkpoint, tensors: dict[str, Tensor], world: World) -> None:
-    """Fill tensors, by name, from a checkpoint. Every rank calls."""
-    reader = HuggingFaceStorageReader(str(found.path))
-    load_tensors(tensors, storage_reader=reader, no_dist=not world.grouped)
+def read(path: Path, tensors: dict[str, Tensor], alone: bool) -> None:
+    """Fill tensors, by name, from a checkpoint. Every rank calls, unless it reads what it needs `alone`."""
+    load_tensors(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import numpy as np
 import tiktoken
 from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 
+from distgpt import durable
 from distgpt.errors import CheckpointError, ConfigError, MachineError
 
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
@@ -62,13 +63,13 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1])
         lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
-        (folder / RANKS_FILE).write_bytes(b"".join(lines))
+        durable.replace(folder / RANKS_FILE, b"".join(lines))
         details = {
             "name": self.encoding.name,
             "pattern": self.encoding._pat_str,
             "special_tokens": self.encoding._special_tokens,
         }
-        (folder / DETAILS_FILE).write_text(json.dumps(details, indent=2) + "\n", encoding="utf-8")
+        durable.replace(folder / DETAILS_FILE, (json.dumps(details, indent=2) + "\n").encode())
 
 
 def load_tokenizer(encoding: str) -> Tokenizer:

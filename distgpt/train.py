@@ -43,6 +43,7 @@ from distgpt.plan import BatchPlan, Layout, count
 from distgpt.saver import Saver, restore
 from distgpt.step import seed_dropout, train_step, warm_up
 from distgpt.supervise import Stopped, Supervisor
+from distgpt.tokenizer import Tokenizer
 from distgpt.world import World
 
 MOST_SKIPPED = 10
@@ -67,7 +68,7 @@ class Run:
 def train(config: Config, fresh: bool, source: Path | None, world: World, supervisor: Supervisor) -> int:
     """Train until `num_training_steps`, from the newest checkpoint in `output_dir` if any. Every rank calls.
 
-    A new run begins with the weights of the finished run in `source`, if given, else with initial ones.
+    A new run begins with the weights of the finished run or checkpoint `source`, if given, else with initial ones.
     Returns the exit code: 0, or that of a run that was told to stop.
     """
     start = find_start(config, fresh, source, world)
@@ -171,7 +172,7 @@ def finish(
     run.log.evaluation(last_step, final)
     results = {"step": last_step} | final.results()
     saver.wait(last=True)
-    trained.save(output_dir, run.model, start.tokenizer, world)
+    trained.save(output_dir, run.model, world)
     if world.is_first:  # last: where there is an eval.json, the run is finished
         durable.replace(output_dir / "eval.json", (json.dumps(results, indent=2) + "\n").encode())
     run.log.say(f"{json.dumps(results)}\nfinished: model.safetensors, eval.json and metrics.jsonl are in {output_dir}")
@@ -192,7 +193,7 @@ def build(config: Config, start: Start, world: World, supervisor: Supervisor) ->
     running = parallelize(model, world, execution, () if start.resume else weights)
     optimizer = build_optimizer(model, config.optimizer)
     if world.is_first:
-        prepare_output_dir(Path(config.output_dir), config, anew=start.resume is None)
+        prepare_output_dir(Path(config.output_dir), config, start.tokenizer, anew=start.resume is None)
     log = open_log(
         world,
         config=config,
@@ -272,13 +273,14 @@ def installed() -> dict[str, str]:
     }
 
 
-def prepare_output_dir(output_dir: Path, config: Config, anew: bool) -> None:
-    """Write the resolved config; `anew` first deletes what an earlier run left (and only that)."""
+def prepare_output_dir(output_dir: Path, config: Config, tokenizer: Tokenizer, anew: bool) -> None:
+    """Write the resolved config and the tokenizer; `anew` first deletes what an earlier run left (and only that)."""
     if anew:
         checkpoint.remove_all(output_dir)
         for name in (RECORD, "eval.json", trained.WEIGHTS):
             (output_dir / name).unlink(missing_ok=True)
     durable.replace(output_dir / "config.yaml", configs.to_yaml(config).encode())
+    tokenizer.save(output_dir / trained.TOKENIZER)
 
 
 def card(config: Config, start: Start, execution: Execution, plan: BatchPlan, world: World) -> str:
@@ -342,7 +344,7 @@ def main(arguments: Sequence[str]) -> int:
     """Train the model that a config describes, or continue its run."""
     parser = configs.config_parser("python -m distgpt.train", str(main.__doc__))
     parser.add_argument("--fresh", action="store_true", help="delete the run in output_dir and start over")
-    parser.add_argument("--from", dest="source", type=file_name, metavar="RUN", help="begin with a run's weights")
+    parser.add_argument("--from", dest="source", type=file_name, metavar="RUN", help="run or checkpoint to begin with")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     options = parser.parse_intermixed_args(arguments)
     config = configs.load(options.config, options.overrides)

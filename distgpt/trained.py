@@ -1,4 +1,4 @@
-"""A finished run's model: writing it as `model.safetensors` with its tokenizer, and building it from them."""
+"""A trained model: writing it as `model.safetensors`, and building it from that or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distgpt import checkpoint
 from distgpt import config as configs
-from distgpt.checkpoint import on_disk
 from distgpt.durable import replacing
 from distgpt.errors import CheckpointError, ConfigError
 from distgpt.tokenizer import Tokenizer, load_saved
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer"
 
 
-def save(output_dir: Path, model: DecoderLM, tokenizer: Tokenizer, world: World) -> None:
-    """Write what using the model needs: `model.safetensors` (without padding rows) and the tokenizer.
+def save(output_dir: Path, model: DecoderLM, world: World) -> None:
+    """Write `model.safetensors`, the weights without padding rows.
 
     Every rank calls, and sends its share of the weights to rank 0, which writes.
     """
@@ -35,42 +35,65 @@ def save(output_dir: Path, model: DecoderLM, tokenizer: Tokenizer, world: World)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in model.without_padding(padded).items()}
         with replacing(output_dir / WEIGHTS) as partial:
             save_file(tensors, partial)
-        tokenizer.save(output_dir / TOKENIZER)
 
 
-def load(output_dir: Path) -> tuple[DecoderLM, Tokenizer, configs.Config]:
-    """A finished run's model (on the CPU, in evaluation mode), tokenizer and config. Raises CheckpointError."""
+def load(path: Path) -> tuple[DecoderLM, Tokenizer, configs.Config]:
+    """The model (on the CPU, in evaluation mode), tokenizer and config of a finished run or of a checkpoint.
+
+    Raises CheckpointError.
+    """
     import torch
 
-    check(output_dir)
-    try:
-        config = configs.load(output_dir / "config.yaml")
-    except ConfigError as error:
-        raise CheckpointError(f"{error}; restore {output_dir / 'config.yaml'} or train again") from None
-    tokenizer = load_saved(output_dir / TOKENIZER)
+    config, tokenizer = check(path)
     model = build_model(config, tokenizer).to_empty(device="cpu")
     with torch.no_grad():
-        for parameter, values in weights(output_dir, model):
+        for parameter, values in weights(path, model):
             parameter.copy_(values)
     model.eval()
     return model, tokenizer, config
 
 
-def check(output_dir: Path) -> None:
-    """Raise CheckpointError unless a folder holds a finished run's model."""
-    if not (output_dir / WEIGHTS).is_file():
-        known = f"{output_dir} holds an unfinished run: run the same training command again to finish it"
-        unknown = (
-            f"{output_dir} holds no trained model: give the output_dir of a finished run, such as outputs/GPT-tiny"
-        )
-        raise CheckpointError(known if any(on_disk(output_dir)) else unknown)
+def check(path: Path) -> tuple[configs.Config, Tokenizer]:
+    """Config and tokenizer of the model in the output_dir of a finished run, or in the folder of a checkpoint.
+
+    Raises CheckpointError unless there is one.
+    """
+    if found := checkpoint.at(path):
+        return configs.from_dict(found.state["config"]), load_saved(path.parent.parent / TOKENIZER)
+    if not (path / WEIGHTS).is_file():
+        saved = max((saved_at for _, saved_at in checkpoint.on_disk(path)), default=None)
+        known = f"{path} holds an unfinished run: run the same training command again to finish it, or name {saved}"
+        unknown = f"{path} holds no trained model: give the output_dir of a finished run, such as outputs/GPT-tiny"
+        raise CheckpointError(known if saved else unknown)
+    try:
+        config = configs.load(path / "config.yaml")
+    except ConfigError as error:
+        raise CheckpointError(f"{error}; restore {path / 'config.yaml'} or train again") from None
+    return config, load_saved(path / TOKENIZER)
 
 
-def weights(output_dir: Path, model: DecoderLM) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Each of the model's parameters with a finished run's weights for it, padding rows 0, one at a time.
+def weights(path: Path, model: DecoderLM) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each of the model's parameters with the values that a finished run or a checkpoint has for it, one at a time.
 
     Raises CheckpointError naming the first tensors that do not fit.
     """
+    return saved_weights(path, model) if checkpoint.at(path) else finished_weights(path, model)
+
+
+def saved_weights(path: Path, model: DecoderLM) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """`weights` of a verified checkpoint of a model of this shape."""
+    import torch
+
+    from distgpt.saver import read
+
+    for name, parameter in model.named_parameters():
+        values = torch.empty(parameter.shape)
+        read(path, {f"model.{name}": values}, alone=True)
+        yield parameter, values
+
+
+def finished_weights(output_dir: Path, model: DecoderLM) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """`weights` of a finished run; padding rows are 0."""
     from safetensors import SafetensorError, safe_open
     from torch.nn import functional as F
 

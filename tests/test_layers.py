@@ -17,7 +17,8 @@ ROWS = [
     {"source", "tokenizer", "shards", "loss", "documents", "plan", "checkpoint", "lock"},
     {"config"},
     {"corpus", "world", "model", "optim"},
-    {"data", "parallel", "saver", "trained", "metrics", "supervise"},
+    {"data", "parallel", "saver", "metrics", "supervise"},
+    {"trained"},
     {"check", "step", "evaluate"},
     {"train", "generate", "cli"},
 ]

@@ -330,7 +330,7 @@ def test_another_run_begins_with_a_finished_runs_weights(
     sharded = (f"output_dir={tmp_path / 'sharded'}", "parallel.strategy=fsdp", *arguments)
     assert run("train", config_file, *PLAIN, *sharded, ranks=3).returncode == 0
     assert (tmp_path / "sharded" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
-    with pytest.raises(CheckpointError, match=r"token_embedding\.weight|attention"):
+    with pytest.raises(CheckpointError, match=r"model_config\.n_embd: got 64, but .*run has 32; use its"):
         start(config_file, f"output_dir={tmp_path / 'other'}", "model_config.n_embd=64", *arguments)
     with pytest.raises(CheckpointError, match="holds no trained model"):
         start(config_file, f"output_dir={tmp_path / 'other'}", "--from", str(tmp_path))
@@ -338,6 +338,26 @@ def test_another_run_begins_with_a_finished_runs_weights(
         config_file, f"output_dir={tmp_path / 'tuned'}", *arguments[1:], "num_training_steps=3"
     )  # goes on from its own
     assert [step for step, _, _ in training_curve(tmp_path / "tuned")] == [1, 2, 3]
+
+
+def test_another_run_begins_with_a_checkpoints_weights_which_also_score_and_write(
+    config_file: Path, tmp_path: Path, run: Run
+) -> None:
+    """The checkpoint is saved on 3 ranks, sharded, by a run that goes on."""
+    assert run("train", config_file, *PLAIN, "parallel.strategy=fsdp", ranks=3).returncode == 0
+    source = tmp_path / "run" / "checkpoints" / "step-00000008"
+    done = run("evaluate", source)
+    val_loss = json.loads(done.stdout)["val-loss"]
+    assert val_loss != json.loads((tmp_path / "run" / "eval.json").read_text())["val-loss"]
+    tuned = ("num_training_steps=1", "num_warmup_steps=1", f"output_dir={tmp_path / 'tuned'}")  # the rate is 0
+    assert run("train", config_file, *PLAIN, *tuned, "--from", source, ranks=2).returncode == 0
+    assert json.loads((tmp_path / "tuned" / "eval.json").read_text())["val-loss"] == pytest.approx(val_loss, rel=1e-6)
+    assert run("generate", source, "--prompt", "x", "--max-new-tokens", "3").returncode == 0
+    shard = next(source.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    refused = run("train", config_file, *PLAIN, f"output_dir={tmp_path / 'other'}", "--from", source)
+    assert refused.returncode == 4 and f"{shard}: damaged" in refused.stderr and refused.stderr.count("\n") == 1
+    assert not (tmp_path / "other").exists()
 
 
 def test_fresh_starts_over_and_touches_only_its_own(config_file: Path, tmp_path: Path) -> None:
