@@ -32,6 +32,14 @@ def replace(path: Path, raw: bytes) -> None:
         partial.write_bytes(raw)
 
 
+def make(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, and flush the entry of each: with it, all inside would go."""
+    if not folder.exists():
+        make(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
 def sync(path: Path) -> None:
     """Flush a file's content, or a folder's entries (creations and renames), to disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -45,14 +45,15 @@ class Lock:
 
     def __init__(self, output_dir: Path, restarts: int) -> None:
         self.output_dir = output_dir
-        output_dir.mkdir(parents=True, exist_ok=True)
+        durable.make(output_dir)
         self.file: TextIO = open(os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666), "r+")  # no O_APPEND
         self.waited = wait_for(self.file, output_dir)
         """Whether another run had to end first."""
         self.progress = self.count_crashes(read_status(output_dir), restarts)
         self.at_step(0)
         self.status("starting")
-        durable.remove_leftovers(output_dir, ".*.partial")
+        for pattern in (".*.partial", ".tmp??????"):  # ours, and those of safetensors
+            durable.remove_leftovers(output_dir, pattern)
 
     def count_crashes(self, last: dict[str, Any], restarts: int) -> Progress:
         """What the run that begins now has to know of those before it, `last` being the status of the last.
