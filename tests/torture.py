@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import os
 import random
 import shutil
@@ -125,11 +126,10 @@ def kill(run: Started, chance: random.Random) -> str:
 
 def kills(folder: Path, layouts: list[Layout], runs: int, chance: random.Random) -> Iterator[str]:
     """kill -9 at random moments, `runs` in all; the run of each layout goes on in its folder through all its kills."""
-    problems, targets, in_a_save = [], Counter[str](), 0
     for number, layout in enumerate(layouts):
         here = prepare(folder / f"kills-{layout[0]}-{layout[1]}")
-        share = runs // len(layouts) + (number < runs % len(layouts))
-        for _ in range(share):
+        problems, targets, in_a_save = [], Counter[str](), 0
+        for _ in range(runs // len(layouts) + (number < runs % len(layouts))):
             run = start(here, layout)
             try:
                 if chance.random() < 0.2:
@@ -139,50 +139,46 @@ def kills(folder: Path, layouts: list[Layout], runs: int, chance: random.Random)
                     run.wait_until(lambda run=run, steps=steps: run.recorded() > steps + 1)
                     time.sleep(chance.uniform(0, 1))
             except AssertionError:
-                problems.append(f"{layout}: it did not go on by itself: {run.text()[-600:]}")
+                problems.append(f"it did not go on by itself: {run.text()[-600:]}")
             before = saved(run)
             target = kill(run, chance)
             targets[target] += 1
             in_a_save += any((run.output_dir / "checkpoints").glob(".step-*.partial"))
-            problems += [f"{layout}, {target}: {problem}" for problem in sound(run, before)]
-            problems += [target] * ("LEFT" in target)
-        curve = (
-            [step for step, _, _ in training_curve(here / "run")] if (here / "run" / "metrics.jsonl").exists() else []
-        )
-        if curve != sorted(set(curve)):
-            problems.append(f"{layout}: steps on record are not in order, each once")
-    yield f"kills: {sum(targets.values())} ({dict(targets)}), {in_a_save} of them in a save: {len(problems)} problems"
-    yield from problems
+            problems += [f"{target}: {problem}" for problem in sound(run, before)] + [target] * ("LEFT" in target)
+        curve = [step for step, _, _ in training_curve(here / "run")]
+        if curve != list(range(1, len(curve) + 1)):
+            problems.append("the steps on record are not each there once")
+        yield report(f"kills: {layout}: {dict(targets)}, {in_a_save} of them in a save", problems)
+
+
+def report(what: str, problems: list[str]) -> str:
+    """A line, and a line for each problem."""
+    return "\n".join([f"{what}: {len(problems)} problems", *problems])
 
 
 def io(folder: Path, layouts: list[Layout], every: int) -> Iterator[str]:
     """Die at every (or every so-manieth) call by which a save changes the disk, on the first and on the last rank."""
-    tried, problems = 0, []
-    for ranks, strategy in layouts:
-        layout = (ranks, strategy)
-        base = prepare(folder / f"io-{ranks}-{strategy}")
+    for layout in layouts:
+        tried, problems = 0, []
+        base = prepare(folder / f"io-{layout[0]}-{layout[1]}")
         run = start(base, layout, "num_training_steps=6")  # three checkpoints, of which two are left
         assert run.process.wait() == 0, run.text()
-        for action in ("kill", "torn"):
-            for rank in {0, ranks - 1}:
-                call = 1
-                while True:
-                    here = base.with_name(f"{base.name}-{action}-{rank}-{call}")
-                    shutil.copytree(base, here)
-                    run = start(here, layout, "num_training_steps=8", fault=f"io:{action}:{rank}:{call}")
-                    if run.process.wait() == 0:
-                        break
-                    run.end()
-                    tried += 1
-                    found = sound(run, 6)
-                    if not found and call % 4 == 1:  # and the same command goes on
-                        run = start(here, layout, "num_training_steps=8")
-                        found = [run.text()[-600:]] if run.process.wait() != 0 else sound(run, 8)
-                    problems += [f"{layout}, {action} at call {call} of rank {rank}: {problem}" for problem in found]
-                    shutil.rmtree(here)
-                    call += every
-    yield f"io: died at {tried} I/O calls of saves: {len(problems)} problems"
-    yield from problems
+        for action, rank in itertools.product(("kill", "torn"), sorted({0, layout[0] - 1})):
+            for call in itertools.count(1, every):
+                here = base.with_name(f"{base.name}-{action}-{rank}-{call}")
+                shutil.copytree(base, here)
+                run = start(here, layout, "num_training_steps=8", fault=f"io:{action}:{rank}:{call}")
+                if run.process.wait() == 0:
+                    break
+                run.end()
+                tried += 1
+                found = sound(run, 6)
+                if not found and call % 4 == 1:  # and the same command goes on
+                    run = start(here, layout, "num_training_steps=8")
+                    found = [run.text()[-600:]] if run.process.wait() != 0 else sound(run, 8)
+                problems += [f"{action} at call {call} of rank {rank}: {problem}" for problem in found]
+                shutil.rmtree(here)
+        yield report(f"io: {layout}: died at {tried} I/O calls of saves", problems)
 
 
 def twenty(folder: Path, layouts: list[Layout], times: int, chance: random.Random) -> Iterator[str]:
@@ -203,8 +199,9 @@ def twenty(folder: Path, layouts: list[Layout], times: int, chance: random.Rando
             assert run.process.wait() == 0, run.text()
             outcome.append((hex_curve(run.output_dir), hashes(run.output_dir)))
         how = next(line for line in run.text().splitlines() if line.startswith("device"))
-        same = "identical" if outcome[0] == outcome[1] else "DIFFERENT: problems"
-        yield f"twenty: {times} kills, {how}: {len(outcome[0][0])} steps and {len(outcome[0][1])} tensors {same}"
+        what = f"{len(outcome[0][0])} steps and {len(outcome[0][1])} tensors compared"
+        different = ["they differ"] * (outcome[0] != outcome[1])
+        yield report(f"twenty: {times} kills, {how}: {what}", different)
 
 
 def listening(run: Started) -> bool:
@@ -232,7 +229,7 @@ def signals(folder: Path, layouts: list[Layout], runs: int, chance: random.Rando
             prepare(here)
         phase = chance.choice(["start", "step", "evaluation", "save"])
         settings = {"evaluation": ["eval.every=1", "eval.max_tokens=100000"], "save": ["checkpoint.every=1"]}
-        run = start(here, layout, *settings.get(phase, []), "checkpoint.every=9" * (phase not in settings) or "seed=0")
+        run = start(here, layout, *settings.get(phase, ["checkpoint.every=9"]))
         run.wait_until(lambda run=run: listening(run))
         if phase == "start":
             time.sleep(chance.uniform(0, 3))
@@ -260,8 +257,7 @@ def signals(folder: Path, layouts: list[Layout], runs: int, chance: random.Rando
         except Exception as error:
             problems.append(f"{what}: {error!r}: {run.text()[-600:]}")
         run.end()
-    yield f"signals: {runs} ({dict(phases)}), slowest exit {slowest:.1f} s: {len(problems)} problems"
-    yield from problems
+    yield report(f"signals: {runs} ({dict(phases)}), slowest exit {slowest:.1f} s", problems)
 
 
 def recovery(folder: Path, layouts: list[Layout]) -> Iterator[str]:
