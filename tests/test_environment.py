@@ -358,6 +358,14 @@ def test_tokens_cut_short_under_a_run_end_it_and_restored_let_it_go_on(
     assert third.returncode == 75 and f"going on after step {step}" in third.stdout
 
 
+@pytest.mark.parametrize("key", ["eval.every", "checkpoint.every"])
+def test_an_interval_longer_than_the_run_is_told_and_allowed(
+    config_file: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(config_file, f"{key}=13")
+    assert f"note    {key} is 13, more than the 12 steps of the run: only at its end\n" in capsys.readouterr().out
+
+
 # Hostile names
 
 
