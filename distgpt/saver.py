@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from distgpt import checkpoint, durable
 from distgpt.checkpoint import Checkpoint
-from distgpt.errors import MachineError, failure
+from distgpt.errors import MachineError, UserError, failure
 from distgpt.world import World
 
 FILE_BYTES = 2**28
@@ -66,9 +66,15 @@ class Saver:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Let a save in flight come to its end, unless a rank is lost that it would wait for."""
-        if self.thread is not None and (self.world.size == 1 or getattr(error, "everywhere", error is None)):
+        """Let a save in flight come to its end, unless a rank is lost that it would wait for.
+
+        That it fails is an error, unless there is one already.
+        """
+        agreed = getattr(error, "everywhere", error is None)
+        if self.thread is not None and (agreed or self.world.size == 1):
             self.thread.join()
+        if agreed and not isinstance(error, UserError):
+            self.wait(last=True)
 
     def save(
         self,

@@ -47,6 +47,11 @@ FAILED, LEAVING = "failed:", "leaving"
 class Stopped(Exception):  # noqa: N818 - it is no error
     """All ranks have agreed to end the run here; the text says why."""
 
+    everywhere = True
+
+
+supervised = threading.Event()
+"""Set once a Supervisor watches."""
 
 heard: list[tuple[float, str]] = []
 """Signals so far: when, and which."""
@@ -64,6 +69,16 @@ def listen() -> None:
         signal.signal(getattr(signal, name), lambda *_: None)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=hear, args=(reader,), name="signals", daemon=True).start()
+    if "RANK" in os.environ:  # a torchrun has started us: without it, ranks wait for each other in vain
+        threading.Thread(target=await_supervisor, args=(os.getppid(),), name="launcher", daemon=True).start()
+
+
+def await_supervisor(launcher: int) -> None:
+    """End this process if its launcher is gone before there is a Supervisor to notice."""
+    while not supervised.wait(BEAT_SECONDS):
+        if os.getppid() != launcher:
+            say(f"distgpt: error: the launcher (process {launcher}) is gone; run the same command again")
+            os._exit(PEER_LOST)
 
 
 def hear(reader: int) -> None:
@@ -108,6 +123,7 @@ class Supervisor:
         self.launcher = os.getppid()
         self.beats = 0
         threading.Thread(target=self.watch, name="supervisor", daemon=True).start()
+        supervised.set()
 
     def __enter__(self) -> Self:
         return self

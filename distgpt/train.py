@@ -85,8 +85,12 @@ def train(config: Config, fresh: bool, source: Path | None, world: World, superv
             score = partial(
                 evaluate, run.model, start.tokens.val, start.tokenizer, config.seq_len, config.batch_size, world
             )
-            loop(config, run, score, saver, world, supervisor)
-            finish(config, start, run, score, saver, world, supervisor)
+            try:
+                loop(config, run, score, saver, world, supervisor)
+                finish(config, start, run, score, saver, world, supervisor)
+            except Stopped:
+                run.log.close()
+                raise
     except Stopped as reason:
         return supervisor.stopped(str(reason))
     supervisor.status("finished", code=0)
@@ -152,7 +156,6 @@ def loop(
     except Stopped:
         if saver.step < step:
             save()
-        saver.wait(last=True)
         raise
 
 

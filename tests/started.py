@@ -24,6 +24,16 @@ def alive(pid: int) -> bool:
         return False
 
 
+def listens(pid: int) -> bool:
+    """Whether a process has its signal handlers."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+    return bool(caught >> (signal.SIGUSR2 - 1) & 1)
+
+
 def processes_in(folder: Path) -> list[int]:
     """Every living process whose working directory is `folder`, whoever its parent is by now."""
     found = []
@@ -49,7 +59,6 @@ class Started:
         torchrun_options: tuple[str, ...] = (),
     ) -> None:
         self.folder, self.output_dir = folder, folder / "run"
-        self.ranks_expected = ranks
         self.log = (folder / "log").open("w+")
         line = command("train", [config, *arguments], ranks)
         extra = {}

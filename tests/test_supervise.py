@@ -15,7 +15,7 @@ import pytest
 from distgpt.errors import CrashLoopError
 from distgpt.lock import Lock
 from tests.conftest import Run, read_metrics, training_curve
-from tests.started import PLAIN, alive, processes_in
+from tests.started import PLAIN, alive, listens, processes_in
 from tests.test_train import hashes
 
 ENDLESS = (*PLAIN, "num_training_steps=1000000", "checkpoint.every=7", "log_every=1", "eval.every=1000000")
@@ -110,6 +110,18 @@ def test_workers_do_not_outlive_their_launcher(begin: Any) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert run.status()["code"] == 76 and "is gone" in run.status()["reason"]
+
+
+def test_workers_do_not_outlive_a_launcher_that_dies_while_they_start(begin: Any) -> None:
+    run = begin(2, *ENDLESS)
+    run.wait_until(lambda: len(run.ranks()) == 2 and all(map(listens, run.ranks().values())))
+    os.kill(run.process.pid, signal.SIGKILL)  # torch is being imported
+    run.process.wait()
+    deadline = time.monotonic() + 5
+    while processes_in(run.folder):
+        assert time.monotonic() < deadline, run.text()
+        time.sleep(0.1)
+    assert len(run.lines()) == 2 and all("is gone; run the same command again" in line for line in run.lines())
 
 
 @pytest.mark.slow
@@ -298,6 +310,15 @@ def test_a_run_stopped_in_a_validation_makes_it_again(begin: Any, tmp_path: Path
     assert validations(stopped.output_dir) == validations(whole)
     assert training_curve(stopped.output_dir) == training_curve(whole)
     assert hashes(stopped.output_dir, 12) == hashes(whole, 12)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_stopped_in_its_last_validation_has_saved_its_last_step(begin: Any, ranks: int) -> None:
+    """The save of that step, in the background, is told to stop with it."""
+    few = ("batch_size=1", "global_batch_size=8", "eval.every=1000", "checkpoint.every=1000")
+    stopped = begin(ranks, *PLAIN, *few, fault="evaluate.held_out_batches:term")
+    assert stopped.process.wait(60) == (75 if ranks == 1 else 0)
+    assert stopped.status()["code"] == 75 and stopped.newest_step() == stopped.status()["step"] == 12
 
 
 def validations(output_dir: Path) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 
 from distgpt import checkpoint
 from tests.conftest import REPO, read_metrics, training_curve
-from tests.started import PLAIN, Started, processes_in
+from tests.started import PLAIN, Started, listens, processes_in
 
 CONFIG = """
 output_dir: run
@@ -204,21 +204,6 @@ def twenty(folder: Path, layouts: list[Layout], times: int, chance: random.Rando
         yield report(f"twenty: {times} kills, {how}: {what}", different)
 
 
-def listening(run: Started) -> bool:
-    """Whether every rank has its signal handlers."""
-    found = run.ranks()
-    if not run.ranks_expected <= len(found):
-        return False
-    caught = []
-    for pid in found.values():
-        try:
-            status = Path(f"/proc/{pid}/status").read_text()
-        except OSError:
-            return False
-        caught.append(int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16))
-    return all(mask >> (signal.SIGUSR2 - 1) & 1 for mask in caught)
-
-
 def signals(folder: Path, layouts: list[Layout], runs: int, chance: random.Random) -> Iterator[str]:
     """A random signal to a random target in a random phase: the run says that it stopped, and loses no step."""
     problems, phases, slowest = [], Counter[str](), 0.0
@@ -230,7 +215,7 @@ def signals(folder: Path, layouts: list[Layout], runs: int, chance: random.Rando
         phase = chance.choice(["start", "step", "evaluation", "save"])
         settings = {"evaluation": ["eval.every=1", "eval.max_tokens=100000"], "save": ["checkpoint.every=1"]}
         run = start(here, layout, *settings.get(phase, ["checkpoint.every=9"]))
-        run.wait_until(lambda run=run: listening(run))
+        run.wait_until(lambda run=run, n=layout[0]: len(run.ranks()) == n and all(map(listens, run.ranks().values())))
         if phase == "start":
             time.sleep(chance.uniform(0, 3))
         else:
