@@ -177,7 +177,8 @@ def write(
         if world.is_first:
             durable.remove_leftovers(output_dir / "checkpoints", ".step-*")
         raise MachineError(
-            f"checkpoint of step {step} not saved ({reason}); the last one is intact: make room in {output_dir}",
+            f"checkpoint of step {step} not saved ({reason}); earlier ones are intact; "
+            f"make room or mend it: {output_dir}",
             everywhere=True,
         ) from None
 

@@ -34,7 +34,10 @@ def save(output_dir: Path, model: DecoderLM, world: World) -> None:
     if world.is_first:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in model.without_padding(padded).items()}
         with replacing(output_dir / WEIGHTS) as partial:
+            partial.touch()
+            mode = partial.stat().st_mode
             save_file(tensors, partial)
+            partial.chmod(mode)  # safetensors lets nobody but the owner read
 
 
 def load(path: Path) -> tuple[DecoderLM, Tokenizer, configs.Config]:

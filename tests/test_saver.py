@@ -174,7 +174,7 @@ def test_a_save_that_fails_is_told_and_costs_nothing_else(begin: Any, fault: str
     assert run.process.wait(60) == 0, run.text()
     (warning,) = [line for line in run.text().splitlines() if line.startswith("warning: ")]
     assert warning.startswith("warning: checkpoint of step 8 not saved (injected: ")
-    assert warning.endswith(f"; the last one is intact: make room in {run.output_dir}")
+    assert warning.endswith(f"; earlier ones are intact; make room or mend it: {run.output_dir}")
     assert steps(run.output_dir) == [4, 12] and run.newest_step() == 12
     assert not list((run.output_dir / "checkpoints").glob(".*"))
     assert len(training_curve(run.output_dir)) == 12
