@@ -56,15 +56,12 @@ def test_a_c_locale_no_home_and_no_terminal_do_not_matter(
     text = config_file.read_text() + "# na\u00efve\n"
     (folder / "c.yaml").write_text(text.replace(str(corpus), f"{name}/t.npz"), encoding="utf-8")
     bare = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONPATH": str(REPO)} | variables
-    lines = [command("train", [f"{name}/c.yaml", f"output_dir={name}/r", "wandb=auto", *PLAIN])]
-    if not name.isascii():
-        lines.append(command("generate", [f"{name}/r", "--prompt", name]))
-    for line in lines:
-        done = subprocess.run(
-            line, cwd=tmp_path, env=bare, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", check=False
-        )
-        assert done.returncode == 0, done.stderr
-    assert name in done.stdout
+    line = command("train", [f"{name}/c.yaml", f"output_dir={name}/r", "wandb=auto", *PLAIN])
+    done = subprocess.run(
+        line, cwd=tmp_path, env=bare, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"are in {name}/r" in done.stdout
     assert (folder / "r" / "eval.json").exists()
 
 
@@ -259,13 +256,6 @@ def test_ranks_exchange_json_and_no_pickles() -> None:
 
 
 ABSENT = "raise ImportError('no wandb here')"
-FAILING = """
-class Settings:
-    def __init__(self, **given): pass
-class Run:
-    def log(self, record, step): raise OSError('gateway timeout')
-def init(**given): return Run()
-"""
 SLOW = """
 import time
 class Settings:
@@ -286,7 +276,6 @@ def init(**given):
     ("module", "told"),
     [
         (ABSENT, "wandb: stopped (ImportError: no wandb here); metrics.jsonl has every number"),
-        (FAILING, "wandb: stopped (OSError: gateway timeout); metrics.jsonl has every number"),
         pytest.param(SLOW, "wandb: still busy after 15 s; metrics.jsonl has", marks=pytest.mark.slow),
     ],
 )
@@ -311,7 +300,7 @@ def test_no_secret_of_the_environment_gets_into_any_output_or_file(config_file: 
     names = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "MY_PASSWORD")
     secrets = {name: f"{SECRET}-{name.lower()}-0123456789abcdef" for name in names}
     done = run("train", config_file, *PLAIN, "wandb=offline", **secrets)
-    failed = run("train", config_file, *PLAIN, "data=nowhere.npz", "--debug", "--fresh", **secrets)
+    failed = run("check", config_file, "data=nowhere.npz", "--debug", "--fresh", **secrets)
     assert (done.returncode, failed.returncode) == (0, 1) and "Traceback" in failed.stderr
     assert SECRET not in done.stdout + done.stderr + failed.stdout + failed.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -323,6 +312,7 @@ def test_no_secret_of_the_environment_gets_into_any_output_or_file(config_file: 
 # Data that is too little, or changes under a run
 
 
+@pytest.mark.slow
 def test_four_ranks_that_lack_tokens_say_so_once_with_how_many_they_need(
     config_file: Path, tmp_path: Path, run: Run
 ) -> None:
@@ -351,11 +341,13 @@ def test_tokens_cut_short_under_a_run_end_it_and_restored_let_it_go_on(
     assert f"{own}: ends at byte 5000, expected" in line and "restore it" in line
     assert started.status()["code"] == 3
     step = started.newest_step()
-    again = run("train", tmp_path / "tiny.yaml", *endless, "max_minutes=0.01")
+    again = run("check", tmp_path / "tiny.yaml", *endless)
     assert again.returncode == 3 and f"{own}: damaged .npz" in again.stderr
     own.write_bytes(whole)
-    third = run("train", tmp_path / "tiny.yaml", *endless, "max_minutes=0.02")
-    assert third.returncode == 75 and f"going on after step {step}" in third.stdout
+    third = begin(1, *endless)
+    third.wait_until(lambda: f"going on after step {step}\n" in third.text())
+    third.process.send_signal(signal.SIGTERM)
+    assert third.process.wait(60) == 75
 
 
 @pytest.mark.parametrize("key", ["eval.every", "checkpoint.every"])
