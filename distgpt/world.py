@@ -42,6 +42,9 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 JOIN_SECONDS = 900.0
 """How long ranks wait for each other at the start, unless the config says."""
 
+LAUNCHER_SECONDS = 2.0
+"""How long torchrun's store may refuse a connection before torchrun counts as gone."""
+
 RESOLVE_SECONDS = 10.0
 """How long a name may stay unknown: a cluster's may come a little later than its machines."""
 
@@ -383,17 +386,22 @@ def reach_store(rank: int, until: float) -> bool:
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     if not host or not port.isdecimal() or int(port) >= 2**16:
         raise ValueError(f"got MASTER_ADDR={host!r} and MASTER_PORT={port!r}, expected a machine and a port")
+    # torchrun keeps the store, and had it before it started us: where nobody listens, it is gone.
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     resolved_by = min(until, time.monotonic() + RESOLVE_SECONDS)
+    listened_by = time.monotonic() + LAUNCHER_SECONDS
     while True:
         try:
             socket.getaddrinfo(host, int(port))
-            if rank > 0:
+            if rank > 0 or by_torchrun:
                 socket.create_connection((host, int(port)), max(1.0, until - time.monotonic())).close()
             return True
         except socket.gaierror:
             if time.monotonic() > resolved_by:
                 raise
         except OSError:
+            if by_torchrun and time.monotonic() > listened_by:
+                raise
             if time.monotonic() > until:
                 return False
         time.sleep(0.2)

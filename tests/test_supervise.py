@@ -124,6 +124,17 @@ def test_workers_do_not_outlive_a_launcher_that_dies_while_they_start(begin: Any
     assert len(run.lines()) == 2 and all("is gone; run the same command again" in line for line in run.lines())
 
 
+def test_workers_whose_launcher_died_before_they_could_notice_do_not_wait_for_each_other(begin: Any) -> None:
+    run = begin(2, *ENDLESS)
+    run.wait_until(lambda: len(run.ranks()) == 2)
+    os.kill(run.process.pid, signal.SIGKILL)  # Python is starting: nobody watches yet
+    run.process.wait()
+    deadline = time.monotonic() + 60  # most of it to import torch, where others use the processors too
+    while processes_in(run.folder):
+        assert time.monotonic() < deadline, run.text()
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 def test_a_hang_ends_the_run_with_stacks_and_the_silent_rank(begin: Any) -> None:
     run = begin(3, *ENDLESS, "hang_minutes=0.1")

@@ -183,7 +183,7 @@ def io(folder: Path, layouts: list[Layout], every: int) -> Iterator[str]:
 
 def twenty(folder: Path, layouts: list[Layout], times: int, chance: random.Random) -> Iterator[str]:
     """A run with so many kills against one with none, on default settings: GPT-tiny, compiled, bf16 where available."""
-    steps = ("num_training_steps=200", "checkpoint.every=5", "log_every=1", "eval.every=50", "data=tokens.npz")
+    steps = ("num_training_steps=120", "checkpoint.every=5", "log_every=1", "eval.every=50", "data=tokens.npz")
     for layout in layouts:
         outcome = []
         for killed in (0, times):
@@ -192,7 +192,7 @@ def twenty(folder: Path, layouts: list[Layout], times: int, chance: random.Rando
             for _ in range(killed):
                 run = start(here, layout, *steps, "output_dir=run", compiled=True)
                 before = saved(run)
-                run.wait_until(lambda run=run, before=before: saved(run) > before or run.recorded() >= 199, 300)
+                run.wait_until(lambda run=run, before=before: saved(run) > before or run.recorded() >= 119, 300)
                 time.sleep(chance.uniform(0, 1.5))
                 kill(run, chance)
             run = start(here, layout, *steps, "output_dir=run", compiled=True)
