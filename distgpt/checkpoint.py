@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -137,7 +138,8 @@ def describe(path: Path) -> dict[str, Any]:
 def prune(output_dir: Path, step: int, keep: int) -> None:
     """Keep the newest `keep` valid checkpoints up to `step` and the one of lowest validation loss; delete the others.
 
-    Later ones are damaged: the run passed over them when it began. Only rank 0 calls.
+    Later ones are damaged: the run passed over them when it began. Only rank 0 calls. Raises CheckpointError if that of
+    `step` is damaged, and deletes nothing then.
     """
     valid: list[Checkpoint] = []
     for saved_at, path in sorted(on_disk(output_dir), reverse=True):
@@ -145,9 +147,10 @@ def prune(output_dir: Path, step: int, keep: int) -> None:
             try:
                 valid.append(Checkpoint(path, saved_at, verify(path)))
             except CheckpointError:
-                pass
+                if saved_at == step:  # just written, and does not read back: nothing is deleted for it
+                    raise
     kept = valid[:keep]
-    if scored := [one for one in valid if one.state.get("val_loss") is not None]:
+    if scored := [one for one in valid if math.isfinite(one.state.get("val_loss") or math.nan)]:
         kept.append(min(scored, key=lambda one: (one.state["val_loss"], -one.step)))
     if len(valid) >= keep or step < 0:  # while too few are sound, what is damaged may still be of use to somebody
         for _, path in on_disk(output_dir):

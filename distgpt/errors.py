@@ -127,8 +127,8 @@ def diagnose(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, OSError) and error.strerror is not None:
         text = f"{failure(error)}; mend that and run the same command again"
         return MachineError.exit_code, one_line(text)
-    out_of_memory = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
-    if out_of_memory:  # torch's errors of this kind are RuntimeErrors
+    lacking = ("can't allocate memory", "out of memory", "Cannot allocate memory")  # torch's are RuntimeErrors
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in str(error) for t in lacking)):
         reason = (str(error).splitlines() or ["out of memory"])[0]
         return MachineError.exit_code, f"{reason}; lower batch_size (the result stays the same) or the model"
     return None

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -47,6 +48,7 @@ class Lock:
         self.output_dir = output_dir
         durable.make(output_dir)
         self.file: TextIO = open(os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666), "r+")  # no O_APPEND
+        self.writing = threading.Lock()
         self.waited = wait_for(self.file, output_dir)
         """Whether another run had to end first."""
         self.progress = self.count_crashes(read_status(output_dir), restarts)
@@ -104,7 +106,7 @@ class Lock:
         """Replace `status.json`; `state` is starting, running, finished, stopped or failed."""
         process = {"pid": os.getpid(), "launcher": os.getppid(), "host": socket.gethostname(), "at": now()}
         told = {"state": state, "step": step, "reason": reason, "code": code} | process
-        with contextlib.suppress(OSError):  # a full disk is no reason to fail
+        with self.writing, contextlib.suppress(OSError):  # a full disk is no reason to fail
             durable.replace(self.output_dir / "status.json", (json.dumps(told) + "\n").encode())
 
     def release(self) -> None:
@@ -122,7 +124,9 @@ def wait_for(file: TextIO, output_dir: Path) -> bool:
         except OSError:
             if time.monotonic() > until:
                 owner = read_status(output_dir)
-                process = f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('at')}"
+                process = "another run"
+                if "pid" in owner:
+                    process = f"process {owner['pid']} on {owner.get('host')}, since {owner.get('at')}"
                 raise MachineError(
                     f"output_dir: {output_dir} is in use by {process}; stop that run or choose another",
                     everywhere=True,

@@ -188,14 +188,18 @@ class Log:
             if isinstance(value, float) and not math.isfinite(value):
                 values[name] = None  # JSON has no NaN
         self.unwritten += json.dumps(values).encode() + b"\n"
+        self.write()
+        if self.wandb is not None:
+            self.wandb.send(values)
+
+    def write(self) -> None:
+        """Write what is not yet in metrics.jsonl; a full disk is told once, and what did not fit is kept for later."""
         try:
             self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
         except OSError as error:  # training goes on, and the record with it once there is room
             if not self.warned:
                 self.say(f"warning: {RECORD}: {error.strerror}; it goes on once that is mended")
             self.warned = True
-        if self.wandb is not None:
-            self.wandb.send(values)
 
     def say(self, text: str) -> None:
         """Print for people; a reader that has gone (`| head`) or a full disk does not stop the run."""
@@ -208,6 +212,9 @@ class Log:
     def close(self) -> None:
         """Finish all outputs."""
         self.bar.close()
+        self.write()
+        if self.unwritten:
+            self.say(f"warning: {RECORD}: its last {self.unwritten.count(10)} lines could not be written")
         self.file.close()
         if self.wandb is not None and (failure := self.wandb.close()):
             self.say(f"wandb: {failure}; metrics.jsonl has every number")

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from distgpt import checkpoint, durable
 from distgpt.checkpoint import Checkpoint
-from distgpt.errors import MachineError, UserError, failure
+from distgpt.errors import CheckpointError, MachineError, UserError, diagnose, failure
 from distgpt.world import World
 
 FILE_BYTES = 2**28
@@ -100,6 +100,8 @@ class Saver:
 
     def work(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], also_flush: Path | None) -> None:
         """Write a checkpoint; what goes wrong is kept for `wait`, and told at once by `report`."""
+        if self.world.device.type == "cuda":
+            torch.cuda.set_device(self.world.device)  # each thread has a device of its own
         try:
             write(self.output_dir, step, self.attempt, tensors, state, self.keep, self.world, also_flush)
             self.failures = 0
@@ -107,13 +109,12 @@ class Saver:
             self.failures += 1
             self.failure = error
             self.news.append(f"warning: {error}")
-        except Exception as error:  # a rank is lost, or a bug
+        except BaseException as error:  # a rank is lost, or a bug
             self.failure = error
 
     def report(self) -> list[str]:
         """What became of saves since the last call and should be known."""
-        news, self.news = self.news, []
-        return news
+        return [self.news.pop(0) for _ in range(len(self.news))]
 
     def wait(self, last: bool = False) -> None:
         """Wait for the save in flight. Every rank calls, and raises alike what it failed with, if one too many have.
@@ -144,7 +145,8 @@ def write(
 ) -> None:
     """Write a checkpoint, then delete those that are no longer kept. Every rank calls; each writes its share.
 
-    Raises MachineError, on every rank alike, where any rank fails to write; nothing has changed then.
+    Raises MachineError, on every rank alike, where any rank fails to write, or what it wrote does not read back. Earlier
+    checkpoints are then as they were.
     """
     partial = checkpoint.partial_path(output_dir, step, attempt)
     try:
@@ -166,12 +168,12 @@ def write(
                 checkpoint.prune(output_dir, step, keep)
 
         world.together(finish)
-    except (CheckpointException, MachineError) as error:
+    except (CheckpointException, CheckpointError, MachineError) as error:
         reason = str(error)
         if isinstance(error, CheckpointException):
             causes = {rank: cause[0] for rank, cause in error.failures.items()}
-            if not all(isinstance(cause, OSError | MemoryError) for cause in causes.values()):
-                raise
+            if bugs := [cause for cause in causes.values() if diagnose(cause) is None]:
+                raise bugs[0] from error
             named = {rank: f"rank {rank}: " if rank else "" for rank in causes}
             reason = "; ".join(named[rank] + failure(cause) for rank, cause in causes.items())
         if world.is_first:

@@ -71,16 +71,19 @@ def train(config: Config, fresh: bool, source: Path | None, world: World, superv
     A new run begins with the weights of the finished run or checkpoint `source`, if given, else with initial ones.
     Returns the exit code: 0, or that of a run that was told to stop.
     """
+    output_dir = Path(config.output_dir)
+    seen = world.by_first(lambda: names(output_dir))
     start = find_start(config, fresh, source, world)
-    if start.results is None and world.by_first(supervisor.take_lock):  # the run that had it may have gone on
-        start = find_start(config, fresh, source, world)
+    if start.results is None and world.by_first(lambda: supervisor.take_lock() or names(output_dir) != seen):
+        start = find_start(config, fresh, source, world)  # another run had the folder until now, and has gone on
     world.check_same({"tokens": start.tokens.fingerprint})
+    supervisor.step = start.resume.step if start.resume else 0
     if start.results is not None:
         show_results(config, start.results, world)
+        supervisor.status("finished", code=0)
         return 0
-    first_step = start.resume.step if start.resume else 0
     try:
-        with Saver(Path(config.output_dir), config.checkpoint.keep, first_step, world) as saver:
+        with Saver(output_dir, config.checkpoint.keep, supervisor.step, world) as saver:
             run = build(config, start, world, supervisor)
             score = partial(
                 evaluate, run.model, start.tokens.val, start.tokenizer, config.seq_len, config.batch_size, world
@@ -95,6 +98,11 @@ def train(config: Config, fresh: bool, source: Path | None, world: World, superv
         return supervisor.stopped(str(reason))
     supervisor.status("finished", code=0)
     return 0
+
+
+def names(output_dir: Path) -> list[str]:
+    """The checkpoints and results of a folder, by name."""
+    return sorted(path.name for pattern in ("checkpoints/step-*", "eval.json") for path in output_dir.glob(pattern))
 
 
 def find_start(config: Config, fresh: bool, source: Path | None, world: World) -> Start:
@@ -176,8 +184,8 @@ def finish(
     results = {"step": last_step} | final.results()
     saver.wait(last=True)
     trained.save(output_dir, run.model, world)
-    if world.is_first:  # last: where there is an eval.json, the run is finished
-        durable.replace(output_dir / "eval.json", (json.dumps(results, indent=2) + "\n").encode())
+    whole = (json.dumps(results, indent=2) + "\n").encode()
+    world.by_first(lambda: durable.replace(output_dir / "eval.json", whole))  # last: with it, the run is finished
     run.log.say(f"{json.dumps(results)}\nfinished: model.safetensors, eval.json and metrics.jsonl are in {output_dir}")
     run.log.close()
 
@@ -189,7 +197,6 @@ def build(config: Config, start: Start, world: World, supervisor: Supervisor) ->
     plan = config.batch_plan(world.size)
     execution = decide(config, n_vocab, world, earlier_execution(start.resume, config))
     state = run_state(config, start, execution, world)
-    supervisor.step = first_step
     supervisor.status("running")
     model = trained.build_model(config, start.tokenizer)
     weights: Weights | None = None if start.source is None else trained.weights(start.source, model)
@@ -355,8 +362,9 @@ def main(arguments: Sequence[str]) -> int:
     settings = {"--fresh": options.fresh, "--from": options.source}
     world.check_same(dataclasses.asdict(config) | settings | installed())
     source = Path(options.source) if options.source else None
+    fresh = options.fresh and world.restarts == 0  # torchrun's restarts go on
     with Supervisor(Path(config.output_dir), config.max_minutes, 60 * config.hang_minutes, world) as supervisor:
-        code = train(config, options.fresh, source, world, supervisor)
+        code = train(config, fresh, source, world, supervisor)
     world.close()
     return code
 

@@ -31,13 +31,18 @@ def save(output_dir: Path, model: DecoderLM, world: World) -> None:
 
     whole = StateDictOptions(full_state_dict=True, cpu_offload=world.grouped)
     padded: dict[str, Any] = {**get_model_state_dict(model, options=whole)}
-    if world.is_first:
+
+    def write() -> None:
+        if not world.is_first:
+            return
         tensors = {name: tensor.cpu().contiguous() for name, tensor in model.without_padding(padded).items()}
         with replacing(output_dir / WEIGHTS) as partial:
             partial.touch()
             mode = partial.stat().st_mode
             save_file(tensors, partial)
             partial.chmod(mode)  # safetensors lets nobody but the owner read
+
+    world.together(write)
 
 
 def load(path: Path) -> tuple[DecoderLM, Tokenizer, configs.Config]:
@@ -62,7 +67,7 @@ def check(path: Path) -> tuple[configs.Config, Tokenizer]:
     Raises CheckpointError unless there is one.
     """
     if found := checkpoint.at(path):
-        return configs.from_dict(found.state["config"]), load_saved(path.parent.parent / TOKENIZER)
+        return configs.from_dict(found.state["config"]), load_saved(path.resolve().parent.parent / TOKENIZER)
     if not (path / WEIGHTS).is_file():
         saved = max((saved_at for _, saved_at in checkpoint.on_disk(path)), default=None)
         known = f"{path} holds an unfinished run: run the same training command again to finish it, or name {saved}"

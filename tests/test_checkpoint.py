@@ -45,19 +45,10 @@ def test_every_flipped_or_missing_byte_is_found(whole: Path) -> None:
             damaged[where] ^= 0x10
             for content in (bytes(damaged), raw[:where]):
                 path.write_bytes(content)
-                if path.name == checkpoint.MANIFEST and json_equal(content, raw):
-                    continue  # the flip changed white space
                 with pytest.raises(CheckpointError, match=path.parent.name):
                     verify(whole)
         path.write_bytes(raw)
     verify(whole)
-
-
-def json_equal(one: bytes, other: bytes) -> bool:
-    try:
-        return bool(json.loads(one) == json.loads(other))
-    except ValueError:
-        return False
 
 
 def test_a_file_that_is_not_in_the_manifest_is_refused(whole: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from distgpt import checkpoint, saver
 from distgpt.checkpoint import Checkpoint
 from distgpt.config import OptimizerConfig
-from distgpt.errors import MachineError
+from distgpt.errors import CheckpointError, MachineError
 from distgpt.model import DecoderLM
 from distgpt.optim import build_optimizer, set_learning_rate
 from distgpt.saver import Saver
@@ -203,6 +203,33 @@ def test_saves_that_keep_failing_end_the_run_with_the_last_checkpoint_intact(
     assert found is not None and found.step == 4 and not rejected
     assert run("train", config_file, *PLAIN, "num_training_steps=12").returncode == 0
     assert [step for step, _, _ in training_curve(tmp_path / "run")] == list(range(1, 13))
+
+
+def test_a_bug_in_a_save_is_no_success(begin: Any) -> None:
+    run = begin(1, *PLAIN, "num_training_steps=6", fault="checkpoint.seal:raise:0:2")
+    assert run.process.wait(60) == 1 and "RuntimeError: injected" in run.text()
+    assert run.newest_step() == 4 and run.status()["state"] == "failed"
+
+
+@pytest.mark.parametrize("fault", ["checkpoint.describe:eio:0:5", "saver.HuggingFaceStorageWriter.write_data:oom:0:2"])
+def test_whatever_keeps_a_checkpoint_from_being_written_or_read_back_is_a_failed_save(begin: Any, fault: str) -> None:
+    run = begin(1, *PLAIN, fault=fault)
+    assert run.process.wait(60) == 0, run.text()
+    assert len([line for line in run.text().splitlines() if line.startswith("warning: checkpoint of step")]) == 1
+    assert run.newest_step() == 12
+
+
+def test_a_new_checkpoint_that_does_not_read_back_costs_no_older_one(folder: Path) -> None:
+    damage(folder, 5)
+    with pytest.raises(CheckpointError, match="step-00000005/shard"):
+        checkpoint.prune(folder, 5, keep=2)
+    assert steps(folder) == [1, 2, 3, 4, 5]
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(folder: Path) -> None:
+    make(folder, 6, float("nan"))
+    checkpoint.prune(folder, 6, keep=2)
+    assert steps(folder) == [2, 5, 6]
 
 
 def test_a_last_save_that_fails_is_no_success(begin: Any) -> None:
