@@ -145,8 +145,8 @@ def write(
 ) -> None:
     """Write a checkpoint, then delete those that are no longer kept. Every rank calls; each writes its share.
 
-    Raises MachineError, on every rank alike, where any rank fails to write, or what it wrote does not read back. Earlier
-    checkpoints are then as they were.
+    Raises MachineError, on every rank alike, where any rank fails to write or what it wrote does not read back.
+    Earlier checkpoints are then as they were.
     """
     partial = checkpoint.partial_path(output_dir, step, attempt)
     try:
