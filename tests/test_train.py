@@ -166,7 +166,14 @@ def test_the_run_learns(curves: dict[str, list[tuple[int, float, float]]]) -> No
     assert losses[-1] < losses[0] - 0.8
 
 
-@pytest.mark.parametrize(("ranks", "strategy"), [(1, "auto"), (3, "auto"), (3, "fsdp")])
+@pytest.mark.parametrize(
+    ("ranks", "strategy"),
+    [
+        (1, "auto"),
+        pytest.param(3, "auto", marks=pytest.mark.slow),
+        pytest.param(3, "fsdp", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_started_again_it_ends_bit_for_bit_the_same(
     config_file: Path, tmp_path: Path, ranks: int, strategy: str
 ) -> None:
