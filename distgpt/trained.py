@@ -69,7 +69,7 @@ def check(path: Path) -> tuple[configs.Config, Tokenizer]:
     if found := checkpoint.at(path):
         return configs.from_dict(found.state["config"]), load_saved(path.resolve().parent.parent / TOKENIZER)
     if not (path / WEIGHTS).is_file():
-        saved = max((saved_at for _, saved_at in checkpoint.on_disk(path)), default=None)
+        _, saved = max(checkpoint.on_disk(path), default=(0, None))
         known = f"{path} holds an unfinished run: run the same training command again to finish it, or name {saved}"
         unknown = f"{path} holds no trained model: give the output_dir of a finished run, such as outputs/GPT-tiny"
         raise CheckpointError(known if saved else unknown)
