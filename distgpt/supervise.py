@@ -116,7 +116,7 @@ class Supervisor:
         self.step = 0
         self.began = False
         """Whether steps are being made. Before, nothing can be lost: a rank that is told to stop leaves at once."""
-        self.progressed, self.progressed_at = 0, time.monotonic()
+        self.progressed_at = time.monotonic()
         self.vote = world.open_vote()
         self.peers = world.open_peers()
         self.closed = threading.Event()
@@ -159,7 +159,7 @@ class Supervisor:
 
     def progress(self) -> None:
         """Note that the run is getting on."""
-        self.progressed, self.progressed_at = self.progressed + 1, time.monotonic()
+        self.progressed_at = time.monotonic()
 
     def obey(self, step: int) -> None:
         """Raise Stopped, on all ranks at the same call, if any of them has been told to stop. Every rank calls.
@@ -207,7 +207,7 @@ class Supervisor:
             self.leave(f"the launcher (process {self.launcher}) is gone", tell=False)
         if self.peers is not None:
             self.beats += 1
-            self.peers.tell(f"{self.progressed}.{self.beats}")
+            self.peers.tell(str(self.beats))
 
     def lost_peers(self, silence: float) -> list[str]:
         """Ranks that have failed or give no sign of life for so many seconds; looks for a little longer than that."""
@@ -222,16 +222,6 @@ class Supervisor:
                 return [f"rank {rank} is lost: it gives no sign of life" for rank in silent]
             time.sleep(BEAT_SECONDS / 2)
         return []
-
-    def behind(self) -> list[str]:
-        """Ranks that have made fewer steps and batches than others."""
-        if self.peers is None:
-            return []
-        counts = {self.world.rank: self.progressed}
-        told = {rank: text.partition(".")[0] for rank, (text, _) in self.peers.read().items()}
-        counts |= {rank: int(number) for rank, number in told.items() if number.isdecimal()}
-        least, most = min(counts.values()), max(counts.values())
-        return [f"rank {rank} is behind" for rank, count in counts.items() if count == least < most]
 
     def watch(self) -> None:
         """Give signs of life, and look for those of the others and of the launcher, until closed."""
@@ -255,9 +245,11 @@ class Supervisor:
         path = self.output_dir / f"stacks-rank-{self.world.rank}.txt"
         with contextlib.suppress(OSError), path.open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        found = self.lost_peers(LOST_SECONDS) or self.behind()
+        frame = sys._current_frames()[threading.main_thread().ident or 0]
+        place = f"in {frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}, line {frame.f_lineno})"
         where = f"{self.output_dir}/stacks-rank-*.txt tell what each rank was doing"
-        self.leave("; ".join([f"no progress for {self.hang_seconds:g} s", *found, where]))
+        found = self.lost_peers(LOST_SECONDS)
+        self.leave("; ".join([f"no progress for {self.hang_seconds:g} s, {place}", *found, where]))
 
     def leave(self, reason: str, tell: bool = True) -> NoReturn:
         """End this process because the run cannot go on around it; `tell` the others, if the launcher is there."""
