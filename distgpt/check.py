@@ -35,6 +35,7 @@ MAY_CHANGE = {
     "log_every",
     "eval",
     "checkpoint",
+    "profile",
     "max_minutes",
     "hang_minutes",
     "wandb",

@@ -29,6 +29,9 @@ Steps = Annotated[int, Strict(), Field(ge=1, le=10**9)]
 Rate = Annotated[float, Strict(), Field(ge=0, le=10)]
 Fraction = Annotated[float, Strict(), Field(ge=0, lt=1)]
 
+MOST_PROFILED = 100
+"""Steps in a trace: a step of a large model is thousands of operations, all held in memory."""
+
 SETTINGS = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
@@ -103,6 +106,14 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=SETTINGS)
+class ProfileConfig:
+    """Where the time of some steps goes, in `profile/` of output_dir."""
+
+    steps: tuple[Steps, Steps] | None = None
+    """First and last step to trace for Perfetto and to count by operation, such as [10, 12]; null: none."""
+
+
+@dataclass(frozen=True, kw_only=True, config=SETTINGS)
 class Config:
     """One run. With the tokens and the seed it determines what is computed; the number of ranks does not."""
 
@@ -154,6 +165,8 @@ class Config:
     """Validation."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    profile: ProfileConfig = Field(default_factory=ProfileConfig)
+    """Where the time of some steps goes."""
     max_minutes: Annotated[float, Strict(), Field(gt=0, le=10**6)] | None = None
     """Stop by itself after so long, everything saved, as a signal would; the same command goes on."""
     hang_minutes: Annotated[float, Strict(), Field(gt=0, le=10**6)] = 15.0
@@ -309,6 +322,13 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
             f"got {parallel.shard_ranks} with parallel.strategy = {parallel.strategy}, expected strategy hsdp; "
             "leave it out or set the strategy",
         )
+    first, last = config.profile.steps or (1, 1)
+    if not first <= last < first + MOST_PROFILED:
+        yield (
+            "profile.steps",
+            f"got [{first}, {last}], expected the first and the last of at most {MOST_PROFILED} steps, such as "
+            f"[{first}, {first + 2}]",
+        )
     for name in ("output_dir", "data", "tokenizer_encoding"):
         found = [c for c in getattr(config, name) or "" if c < " " or c == "\x7f"]
         if found:
@@ -361,6 +381,8 @@ def describe_type(hint: Any) -> tuple[str, str, type | None]:
         return options, options, None
     if origin in (typing.Union, types.UnionType):
         return describe_type(next(arm for arm in typing.get_args(hint) if arm is not type(None)))
+    if origin is tuple:
+        return "two integers", "two integers in brackets, such as [10, 12]", None
     if dataclasses.is_dataclass(hint):
         return "section", "a section of indented keys", typing.cast(type, hint)
     return KINDS[hint], "true or false" if hint is bool else "", None

@@ -40,6 +40,7 @@ from distgpt.model import DecoderLM
 from distgpt.optim import build_optimizer, learning_rate, set_learning_rate
 from distgpt.parallel import Execution, Running, Weights, decide, parallelize
 from distgpt.plan import BatchPlan, Layout, count
+from distgpt.profile import profiled
 from distgpt.saver import Saver, restore
 from distgpt.step import seed_dropout, train_step, warm_up
 from distgpt.supervise import Stopped, Supervisor
@@ -140,7 +141,9 @@ def loop(
         supervisor.begin(step)
         if 0 < step < last_step and due(step, config.eval.every) and val_loss is None:  # it was interrupted
             val_loss = validate()
-        for step, batches in enumerate(run.reader.steps(run.first_step, last_step, world.device), run.first_step + 1):
+        stream = run.reader.steps(run.first_step, last_step, world.device)
+        stream = profiled(stream, run.first_step + 1, config.profile.steps, record.parent, world, run.log.say)
+        for step, batches in enumerate(stream, run.first_step + 1):
             rate, val_loss = learning_rate(step - 1, *schedule), None
             set_learning_rate(run.optimizer, rate)
             seed_dropout(config.seed, step, world.rank)

@@ -17,7 +17,7 @@ ROWS = [
     {"source", "tokenizer", "shards", "loss", "documents", "plan", "checkpoint", "lock"},
     {"config"},
     {"corpus", "world", "model", "optim"},
-    {"data", "parallel", "saver", "metrics", "supervise"},
+    {"data", "parallel", "saver", "metrics", "profile", "supervise"},
     {"trained"},
     {"check", "step", "evaluate"},
     {"train", "generate", "cli"},

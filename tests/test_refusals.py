@@ -440,7 +440,14 @@ VALUES += [
     override("section type", "checkpoint=", expected="checkpoint: got nothing (null), expected a section"),
 ]
 
+VALUES += [
+    value("profile.steps", "profile.steps", wrong, f"got {got}, expected two integers in brackets, such as [10, 12]")
+    for wrong, got in [("10", "10"), ("[a, 2]", "'a' (text)"), ("[1, 2, 3]", "[1, 2, 3]")]
+]
+
 TOGETHER = [
+    value("steps in order", "profile.steps", "[12, 10]", "got [12, 10], expected the first and the last of at most"),
+    value("steps in order", "profile.steps", "[1, 101]", "got [1, 101], expected the first and the last of at most"),
     value("heads divide width", "model_config.n_head", "3", "got 3, expected a divisor of model_config.n_embd = 16"),
     override("heads divide width", "model_config.n_embd=17", expected="n_head: got 2, expected a divisor"),
     value("positions suffice", "seq_len", "17", "got 17, but the model reads at most model_config.n_positions = 16"),
