@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -107,6 +108,7 @@ def decide_layout(config: Config, n_vocab: int, precision: str, world: World) ->
         ranks=world.size,
         reshard_after_forward=asked.reshard_after_forward,
         activation_checkpointing=config.activation_checkpointing,
+        reduce_dtype=asked.reduce_dtype,
     )
     strategy: str = asked.strategy
     if strategy == "auto" and world.size == 1:
@@ -263,8 +265,20 @@ def parallelize(model: DecoderLM, world: World, execution: Execution, weights: W
         model.to(world.device)
     if layout.strategy == "ddp":
         device_ids = [world.device] if world.device.type == "cuda" else None
-        return Running(DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True), layout)
+        replicated = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        if layout.reduce_dtype == "bf16":
+            replicated.register_comm_hook(None, lambda _, bucket: average_in_bf16(bucket.buffer()))
+        return Running(replicated, layout)
     return Running(model, layout)
+
+
+def average_in_bf16(gradient: Tensor) -> torch.futures.Future[Any]:
+    """Average a bucket of DDP's gradients in bf16. torch's own hook for that refuses to run without a GPU."""
+    narrow = gradient.to(torch.bfloat16).div_(dist.get_world_size())
+    work = dist.all_reduce(narrow, async_op=True)
+    assert work is not None
+    averaged: torch.futures.Future[Any] = work.get_future().then(lambda sent: gradient.copy_(sent.value()[0]))
+    return averaged
 
 
 def recompute_blocks(model: DecoderLM, selective: bool) -> None:
@@ -299,17 +313,19 @@ def shard(model: DecoderLM, world: World, execution: Execution) -> None:
 
     The embeddings, one of them used at both ends, and the last norm are a unit of their own and stay fp32, so that the
     residual stream and the sum of the embedding's two gradients do. In bf16 the blocks' weights are gathered in bf16
-    (norms and biases too, which DDP keeps in fp32); gradients are exchanged in fp32.
+    (norms and biases too, which DDP keeps in fp32).
     """
     layout = execution.layout
     copies = world.size // layout.shard_ranks
     axes = {"replicate": copies, "shard": layout.shard_ranks} if layout.strategy == "hsdp" else {"shard": world.size}
     mesh = init_device_mesh(world.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-    narrow = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    policy = narrow if execution.precision == "bf16" else MixedPrecisionPolicy()
+    dtype = torch.bfloat16 if layout.reduce_dtype == "bf16" else torch.float32
+    outer = MixedPrecisionPolicy(reduce_dtype=dtype if layout.reduce_dtype == "bf16" else None)
+    inner = MixedPrecisionPolicy(torch.bfloat16, dtype, cast_forward_inputs=False)
+    inner = inner if execution.precision == "bf16" else outer
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=layout.reshard_after_forward)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        fully_shard(block, mesh=mesh, mp_policy=inner, reshard_after_forward=layout.reshard_after_forward)
+    fully_shard(model, mesh=mesh, mp_policy=outer, reshard_after_forward=False)
 
 
 @torch.no_grad()

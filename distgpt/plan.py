@@ -121,6 +121,8 @@ class Layout:
     reduce_each: bool = False
     """Whether gradients are exchanged after each micro-step instead of kept whole until the last."""
     activation_checkpointing: str = "none"
+    reduce_dtype: str = "fp32"
+    """Type in which gradients travel: fp32 or bf16."""
 
     @property
     def sharded(self) -> bool:
@@ -135,6 +137,8 @@ class Layout:
             parts = [f"hsdp ({copies}, each on {count(self.shard_ranks, 'rank')})"]
         if self.activation_checkpointing != "none":
             parts.append(f"{self.activation_checkpointing} recomputation")
+        if self.reduce_dtype != "fp32":
+            parts.append(f"gradients exchanged in {self.reduce_dtype}")
         return ", ".join(parts)
 
 
@@ -241,15 +245,16 @@ def traffic(work: Work, layout: Layout) -> int:
         return (ranks - 1) / ranks * n_bytes
 
     whole, micro_steps = work.sizes.stored(), work.batch.micro_steps
+    gradient = whole * (2 if layout.reduce_dtype == "bf16" else FP32_BYTES)
     if not layout.sharded:
-        return round(2 * ring(layout.ranks, FP32_BYTES * whole))
+        return round(2 * ring(layout.ranks, gradient))
     outer = sum(math.prod(shape) for shape in work.sizes.outer_shapes)
     gathered = work.matmul_bytes * (whole - outer)
     passes, times = (micro_steps, 2) if layout.reshard_after_forward else (1, 1)
     gathers = passes * ring(layout.shard_ranks, times * gathered + FP32_BYTES * outer)
-    reductions = (micro_steps if layout.reduce_each else 1) * ring(layout.shard_ranks, FP32_BYTES * whole)
+    reductions = (micro_steps if layout.reduce_each else 1) * ring(layout.shard_ranks, gradient)
     copies = layout.ranks // layout.shard_ranks
-    return round(gathers + reductions + 2 * ring(copies, FP32_BYTES * whole // layout.shard_ranks))
+    return round(gathers + reductions + 2 * ring(copies, gradient // layout.shard_ranks))
 
 
 def layouts(ranks: int, shard_ranks: int, template: Layout) -> list[Layout]:

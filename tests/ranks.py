@@ -143,14 +143,16 @@ def gradients(world: World, folder: Path) -> Any:
 
 
 def special_gradients(world: World, folder: Path) -> Any:
-    """Empty shards, unequal numbers of targets, and bf16."""
+    """Empty shards, unequal numbers of targets, bf16, and gradients exchanged in bf16."""
     found = {}
     for strategy in strategies(world.size):
         plain, bf16 = execution(world, strategy), execution(world, strategy, "bf16")
+        exchanged = execution(world, strategy, reduce_dtype="bf16")
         for name, how, size, dtype, settings in (
             ("thin", plain, 3, torch.float64, {"thin": True}),
             ("ragged", plain, 3, torch.float64, {"ragged": True}),
             ("bf16", bf16, 3, torch.float32, {}),
+            ("exchanged", exchanged, 3, torch.float32, {}),
         ):
             found[f"{name}-{strategy}"] = step_gradients(
                 world, folder, f"{name}-{strategy}", how, size, dtype, **settings

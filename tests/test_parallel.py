@@ -164,6 +164,17 @@ def test_the_bf16_gradient_is_near_the_plain_one(ranks: int, strategy: str) -> N
         assert any(not np.allclose(got[name], value, rtol=1e-5) for name, value in expected.items())  # it is bf16
 
 
+@pytest.mark.parametrize(("ranks", "strategy"), [layout for layout in LAYOUTS if layout[0] > 1])
+def test_gradients_exchanged_in_bf16_are_the_plain_ones_rounded(ranks: int, strategy: str) -> None:
+    found, folder = results(ranks)
+    expected, loss = plain_gradient(torch.float32)
+    assert all(r[f"exchanged-{strategy}"]["loss"] == pytest.approx(loss, rel=1e-5) for r in found["special_gradients"])
+    with np.load(folder / f"gradients-exchanged-{strategy}.npz") as got:
+        for name, value in expected.items():
+            assert np.linalg.norm(got[name] - value) < 2 * ranks * 2**-9 * np.linalg.norm(value), name
+            assert not np.allclose(got[name], value, rtol=1e-5), name  # it did travel in bf16
+
+
 @pytest.mark.parametrize(("ranks", "strategy"), LAYOUTS)
 def test_masked_documents_give_the_gradient_of_each_run_alone(ranks: int, strategy: str) -> None:
     found, folder = results(ranks)
@@ -369,6 +380,8 @@ def test_traffic_on_paper_is_what_rings_send() -> None:
     outer = 4 * sum(int(np.prod(shape)) for shape in sizes.outer_shapes)
     fsdp = functools.partial(Layout, "fsdp", 2, 2)
     micro_steps = 4
+    assert traffic(work, Layout("ddp", 2, reduce_dtype="bf16")) == whole / 2
+    assert traffic(work, fsdp(reduce_dtype="bf16")) == (micro_steps * (2 * whole - outer) + whole / 2) / 2
     assert traffic(work, fsdp()) == (micro_steps * (2 * whole - outer) + whole) / 2
     assert traffic(work, fsdp(reshard_after_forward=False)) == (whole + whole) / 2
     assert traffic(work, fsdp(reduce_each=True)) == (micro_steps * (2 * whole - outer) + 4 * whole) / 2

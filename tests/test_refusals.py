@@ -421,6 +421,7 @@ VALUES += [
     ),
     value("strategy choice", "parallel.strategy", "FSDP", "got 'FSDP' (text), expected auto"),
     value("gradients choice", "parallel.reduce_gradients", "never", "got 'never' (text), expected auto, each or last"),
+    value("exchange choice", "parallel.reduce_dtype", "fp16", "got 'fp16' (text), expected fp32 or bf16"),
     value("wandb choice", "wandb", "no", "got 'no' (text), expected auto, online, offline or disabled"),
     value("output_dir text", "output_dir", "5", "got 5, expected a valid string"),
     value("output_dir text", "output_dir", "''", "got '' (text), expected"),
