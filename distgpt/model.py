@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from distgpt.documents import Documents, attend_within, find_documents
-from distgpt.loss import ExpRows, plain_loss, tiled_loss
+from distgpt.loss import Tiles, plain_loss, tiled_loss
 from distgpt.plan import VOCAB_MULTIPLE
 
 TOKEN_ROWS = "token_embedding.weight"
@@ -130,17 +130,17 @@ class Head(nn.Module):
     def __init__(self, n_vocab: int) -> None:
         super().__init__()
         self.n_vocab = n_vocab
-        self.exp_rows: ExpRows | None = None
-        """Set (to `loss.exp_rows`, compiled): the loss goes tile by tile and the logits never exist as a whole."""
+        self.tiles: Tiles | None = None
+        """Set: the loss goes tile by tile and the logits never exist as a whole."""
 
     def forward(self, x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         """Logits BTV; with `targets_BT`, the sum of the token losses in nats instead (fp32, scalar)."""
         if targets_BT is None:
             return F.linear(x_BTD, weight_VD[: self.n_vocab])
         x_PD, targets_P = x_BTD.flatten(0, 1), targets_BT.flatten()
-        if self.exp_rows is None:
+        if self.tiles is None:
             return plain_loss(x_PD, weight_VD, targets_P, self.n_vocab)
-        return tiled_loss(x_PD, weight_VD, targets_P, self.n_vocab, self.exp_rows)
+        return tiled_loss(x_PD, weight_VD, targets_P, self.n_vocab, self.tiles)
 
 
 class DecoderLM(nn.Module):

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from distgpt.config import Config
 from distgpt.errors import ConfigError, MachineError, NumericsError
-from distgpt.loss import exp_rows
+from distgpt.loss import Tiles, exp_rows
 from distgpt.model import DecoderLM
 from distgpt.plan import Layout, fits, settle
 from distgpt.world import World, keep_freed_memory
@@ -303,7 +303,7 @@ def compile_parts(model: DecoderLM, device: torch.device, recomputed: str) -> No
             setattr(block, part, torch.compile(getattr(block, part), dynamic=False))
     if device.type == "cpu":
         keep_freed_memory()
-        model.head.exp_rows = torch.compile(exp_rows, dynamic=False)
+        model.head.tiles = Tiles(torch.compile(exp_rows, dynamic=False))
     else:
         model.head.compile(dynamic=False)
 

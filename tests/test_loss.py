@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distgpt import loss as losses
-from distgpt.loss import IGNORED, exp_rows, plain_loss, tiled_loss
+from distgpt.loss import IGNORED, Tiles, plain_loss, tiled_loss
 
 P, D, N_VOCAB, ROWS = 200, 12, 101, 128
 
@@ -38,7 +38,7 @@ def test_value_and_gradients_are_those_of_autograd(
     x_PD, weight_VD, targets_P = case(dtype)
     expected = F.cross_entropy(x_PD @ weight_VD[:N_VOCAB].T, targets_P, ignore_index=IGNORED, reduction="sum")
     if kind == "tiled":
-        got = tiled_loss(x_PD, weight_VD, targets_P, N_VOCAB, exp_rows)
+        got = tiled_loss(x_PD, weight_VD, targets_P, N_VOCAB, Tiles())
     else:
         got = plain_loss(x_PD, weight_VD, targets_P, N_VOCAB)
     assert got.dtype == dtype
@@ -49,20 +49,20 @@ def test_value_and_gradients_are_those_of_autograd(
 
 def test_padding_rows_get_no_gradient_at_all() -> None:
     x_PD, weight_VD, targets_P = case(torch.float32)
-    (gradient,) = gradients(tiled_loss(x_PD, weight_VD, targets_P, N_VOCAB, exp_rows), weight_VD)
+    (gradient,) = gradients(tiled_loss(x_PD, weight_VD, targets_P, N_VOCAB, Tiles()), weight_VD)
     assert (gradient[N_VOCAB:] == 0).all() and (gradient[:N_VOCAB] != 0).any(1).all()
 
 
 def test_without_targets_loss_and_gradients_are_zero() -> None:
     x_PD, weight_VD, targets_P = case(torch.float32)
-    loss = tiled_loss(x_PD, weight_VD, torch.full_like(targets_P, IGNORED), N_VOCAB, exp_rows)
+    loss = tiled_loss(x_PD, weight_VD, torch.full_like(targets_P, IGNORED), N_VOCAB, Tiles())
     assert loss == 0
     assert all((g == 0).all() for g in gradients(loss, x_PD, weight_VD))
 
 
 def test_large_logits_do_not_overflow() -> None:
     x_PD, weight_VD, targets_P = case(torch.float32)
-    big = tiled_loss(x_PD * 1000, weight_VD, targets_P, N_VOCAB, exp_rows)
+    big = tiled_loss(x_PD * 1000, weight_VD, targets_P, N_VOCAB, Tiles())
     expected = F.cross_entropy(x_PD * 1000 @ weight_VD[:N_VOCAB].T, targets_P, ignore_index=IGNORED, reduction="sum")
     torch.testing.assert_close(big, expected)
 
@@ -71,7 +71,7 @@ def test_bf16_autocast_agrees_within_its_precision() -> None:
     x_PD, weight_VD, targets_P = case(torch.float32)
     expected = plain_loss(x_PD, weight_VD, targets_P, N_VOCAB)
     with torch.autocast("cpu", torch.bfloat16):
-        got = tiled_loss(x_PD, weight_VD, targets_P, N_VOCAB, exp_rows)
+        got = tiled_loss(x_PD, weight_VD, targets_P, N_VOCAB, Tiles())
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, expected, rtol=5e-3, atol=0)
     for ours, theirs in zip(gradients(got, x_PD, weight_VD), gradients(expected, x_PD, weight_VD), strict=True):
@@ -82,6 +82,15 @@ def test_bf16_autocast_agrees_within_its_precision() -> None:
 def test_scoring_alone_needs_no_gradient() -> None:
     x_PD, weight_VD, targets_P = case(torch.float32)
     with torch.no_grad():
-        loss = tiled_loss(x_PD, weight_VD, targets_P, N_VOCAB, exp_rows)
+        loss = tiled_loss(x_PD, weight_VD, targets_P, N_VOCAB, Tiles())
     assert not loss.requires_grad
     torch.testing.assert_close(loss, plain_loss(x_PD, weight_VD, targets_P, N_VOCAB).detach())
+
+
+def test_a_second_backward_through_the_tiled_loss_is_refused() -> None:
+    """Its gradients are scaled in place: used again they would be wrong."""
+    x_PD, weight_VD, targets_P = case(torch.float32)
+    loss = tiled_loss(x_PD, weight_VD, targets_P, N_VOCAB, Tiles())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
