@@ -85,18 +85,22 @@ def decide_precision(config: Config, world: World) -> str:
 
 
 def decide_compile(config: Config, n_vocab: int, world: World) -> bool:
-    """Whether to compile: as the config says, or where that works and pays. Every rank calls."""
+    """Whether to compile: as the config says, or where that works and pays. Every rank calls.
+
+    What is cached does not count: the same command would otherwise give other bits the second time.
+    """
+    remedy = "install a C++ compiler (Debian: apt install g++ python3-dev)"
     if config.compile == "on" and not can_compile(world.device):
-        raise MachineError(
-            "compile: got on, but compiling a line failed here; install a C++ compiler (Debian: apt install g++ "
-            "python3-dev), or use compile=auto"
-        )
+        raise MachineError(f"compile: got on, but compiling a line failed here; {remedy}, or use compile=auto")
     compiled = config.compile == "on"
     if config.compile == "auto" and world.is_first:
         flops_per_token = config.model_config.sizes(n_vocab).flops_per_token(config.seq_len)
         flops = config.num_training_steps * config.tokens_per_step * flops_per_token
         seconds = flops / EAGER_FLOPS.get(world.device.type, float("inf"))
-        compiled = seconds > COMPILE_PAYS_SECONDS and can_compile(world.device)
+        pays = seconds > COMPILE_PAYS_SECONDS
+        compiled = pays and can_compile(world.device)
+        if pays and not compiled:
+            print(f"note    not compiled, since compiling a line failed here; {remedy} for a faster run", flush=True)
     return bool(world.from_first(compiled))
 
 

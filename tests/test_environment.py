@@ -414,3 +414,15 @@ def test_a_linked_file_of_a_checkpoint_is_not_read(finished: Path, tmp_path: Pat
     newest, rejected = checkpoint.newest(finished)
     assert isinstance(newest, Checkpoint) and newest.step == 8
     assert "not a file of a checkpoint" in rejected[0]
+
+
+def test_a_machine_without_a_compiler_is_told_once_and_trains(run: Run, config_file: Path, tmp_path: Path) -> None:
+    without = {"CXX": str(tmp_path / "nothing"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    long = ("num_training_steps=1000000", "batch_size=64", "eval.max_tokens=64", "max_minutes=0.2")
+    found = run("train", config_file, *long, **without)
+    assert found.returncode == 75, found.stderr
+    assert found.stdout.count("note    not compiled, since compiling a line failed here; install a C++ compiler") == 1
+    assert ", not compiled, torch" in found.stdout
+    forced = run("train", config_file, "compile=on", f"output_dir={tmp_path}/other", **without)
+    assert forced.returncode == 6
+    assert "compile: got on, but compiling a line failed here; install a C++ compiler" in forced.stderr
