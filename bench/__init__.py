@@ -1,0 +1,1 @@
+"""What distgpt is measured with: `python -m bench.speed`, and scripts to run by themselves."""

@@ -1,0 +1,68 @@
+"""The benchmark gives every contestant the same work, and shows what it measured."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.work import synthetic_tokens
+from tests.conftest import REPO
+
+STEPS = 4
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m bench.speed`."""
+    command = [sys.executable, "-m", "bench.speed", *arguments]
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+
+
+def test_contestants_compute_the_same_losses_and_the_table_shows_them(tmp_path: Path) -> None:
+    output, who = tmp_path / "speed.json", ["distgpt plain", "textbook"]
+    options = ["--shapes=tiny", f"--steps={STEPS}", "--rounds=1", f"--contestants={','.join(who)}"]
+    done = bench(*options, f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(output.read_text())
+    rows = {row["contestant"]: row for row in report["results"][0]["contestants"]}
+    ours, textbook = ([step["loss"] for step in rows[name]["rounds"][0]] for name in who)
+    assert len(ours) == STEPS
+    assert ours == pytest.approx(textbook, rel=1e-3)
+    assert ours[0] == pytest.approx(textbook[0], rel=1e-5)  # the same weights and tokens; later GELU's forms part
+    heads = ["tokens/s", "middle half", "TFLOPS", "MFU (matmul)", "MiB a rank", "first step s", "loader ms"]
+    for text in (*heads, "checkpoint ms", *who, f"torch {report['torch']}"):
+        assert text in done.stdout
+    assert all(row["first_step_seconds"][0] > 0 and row["peak_mib"] > 0 for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("argument", "found"),
+    [
+        ("--shapes=C", "--shapes: got 'C'"),
+        ("--contestants=nobody", "--contestants: got 'nobody'"),
+        ("--contestants=litgpt", "no environment for litgpt"),
+        ("--ranks=3", "--ranks: got 3"),
+        ("--ranks=two", "--ranks: got two"),
+        ("--steps=0", "--steps: got 0"),
+        ("--output=/nowhere/at/all.json", "--output: /nowhere/at is no folder"),
+    ],
+)
+def test_a_bad_argument_is_told_in_one_line(argument: str, found: str) -> None:
+    done = bench(argument)
+    assert done.returncode == 2
+    assert found in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_synthetic_tokens_can_be_learned() -> None:
+    tokens = synthetic_tokens(20_000).astype(int)
+    assert (tokens == synthetic_tokens(20_000)).all()
+    last: dict[int, int] = {}
+    repeated = [last.get(a) == b or bool(last.update({a: b})) for a, b in itertools.pairwise(tokens)]
+    unigrams = np.bincount(tokens).max() / len(tokens)
+    assert np.mean(repeated[10_000:]) > 2 * unigrams  # a token tells more about its successor than frequency does
