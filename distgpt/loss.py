@@ -20,6 +20,9 @@ TILE_BYTES = 100 * 2**20
 """Room for one tile of logits (1,024 positions of GPT-2's vocabulary in bf16). Smaller tiles add up the weight's
 gradient too often; larger ones gain nothing (bench/README.md)."""
 
+FEW_LOGITS = 2**21
+"""So many are as fast whole as in tiles, or faster (bench/README.md)."""
+
 NARROW = 64
 """Widths below it have the weight's gradient added up column by column: matmuls are faster so (bench/README.md)."""
 
@@ -55,11 +58,13 @@ def plain_loss(x_PD: Tensor, weight_VD: Tensor, targets_P: Tensor, n_vocab: int)
 
 
 def tiled_loss(x_PD: Tensor, weight_VD: Tensor, targets_P: Tensor, n_vocab: int, tiles: Tiles) -> Tensor:
-    """`plain_loss`, a tile of positions at a time, with both gradients formed while the tile is at hand.
+    """`plain_loss`, by itself for few logits, else a tile of positions at a time with both gradients formed at once.
 
     Memory is one tile of logits instead of P x V; time is three matmuls and one exponential a logit. Computes in
     the autocast dtype where autocast is on; sums and the weight's gradient are kept in fp32 (fp64 for fp64 input).
     """
+    if len(x_PD) * len(weight_VD) < FEW_LOGITS:
+        return plain_loss(x_PD, weight_VD, targets_P, n_vocab)
     device_type = x_PD.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x_PD.dtype
     loss: Tensor = TiledLoss.apply(  # type: ignore[no-untyped-call]

@@ -131,7 +131,7 @@ class Head(nn.Module):
         super().__init__()
         self.n_vocab = n_vocab
         self.tiles: Tiles | None = None
-        """Set: the loss goes tile by tile and the logits never exist as a whole."""
+        """Set: the loss goes tile by tile, and where there are many logits they never exist as a whole."""
 
     def forward(self, x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         """Logits BTV; with `targets_BT`, the sum of the token losses in nats instead (fp32, scalar)."""

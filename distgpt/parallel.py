@@ -258,6 +258,8 @@ def parallelize(model: DecoderLM, world: World, execution: Execution, weights: W
         recompute_blocks(model, selective=layout.activation_checkpointing == "selective")
     if execution.compile:
         compile_parts(model, world.device, layout.activation_checkpointing)
+    if world.device.type == "cpu" and (execution.compile or execution.precision == "bf16"):
+        model.head.tiles = Tiles(torch.compile(exp_rows, dynamic=False) if execution.compile else exp_rows)
     if execution.precision == "bf16":
         model.forward = torch.autocast(world.device.type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
     if layout.sharded:
@@ -294,7 +296,7 @@ def recompute_blocks(model: DecoderLM, selective: bool) -> None:
 
 
 def compile_parts(model: DecoderLM, device: torch.device, recomputed: str) -> None:
-    """Compile blocks (one compilation serves all) and head, in place, so that no parameter changes its name.
+    """Compile blocks (one compilation serves all) and a GPU's head, in place: no parameter changes its name.
 
     The embeddings stay outside: compiled for the CPU, their backward adds atomically, and no two runs are alike.
     """
@@ -307,7 +309,6 @@ def compile_parts(model: DecoderLM, device: torch.device, recomputed: str) -> No
             setattr(block, part, torch.compile(getattr(block, part), dynamic=False))
     if device.type == "cpu":
         keep_freed_memory()
-        model.head.tiles = Tiles(torch.compile(exp_rows, dynamic=False))
     else:
         model.head.compile(dynamic=False)
 

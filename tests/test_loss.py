@@ -13,6 +13,11 @@ from distgpt.loss import IGNORED, Tiles, plain_loss, tiled_loss
 P, D, N_VOCAB, ROWS = 200, 12, 101, 128
 
 
+@pytest.fixture(autouse=True)
+def few_logits_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "FEW_LOGITS", 0)
+
+
 def case(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states, weights with padding rows, and targets of which some are ignored."""
     generator = torch.Generator().manual_seed(0)
@@ -94,3 +99,10 @@ def test_a_second_backward_through_the_tiled_loss_is_refused() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_few_logits_go_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "FEW_LOGITS", P * ROWS + 1)
+    tiles = Tiles()
+    assert tiled_loss(*case(torch.float32), N_VOCAB, tiles) == plain_loss(*case(torch.float32), N_VOCAB)
+    assert tiles.kept is None
