@@ -144,7 +144,7 @@ def run(contestant: Contestant, race: Race, accumulate: int = 1) -> Outcome:
     shutil.rmtree(race.prepared.folder / "distgpt", ignore_errors=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = {
-        **os.environ,
+        **{key: value for key, value in os.environ.items() if key not in ALLOCATOR},  # distgpt sets one when imported
         "OMP_NUM_THREADS": str(max(1, cores // race.ranks)),
         "TORCHINDUCTOR_CACHE_DIR": str(race.cache),
         **contestant.environment,

@@ -1,6 +1,7 @@
-"""Draw measured speeds as SVG: `python bench/plot_speed.py RESULTS.json > bench/speed.svg`.
+"""Draw measured speeds as SVG: `python bench/plot_speed.py RESULTS.json ... > bench/speed.svg`.
 
-RESULTS.json is what `python -m bench.speed --output RESULTS.json` wrote; shapes A and B on one rank get a panel each.
+Each RESULTS.json is what a `python -m bench.speed --output RESULTS.json` wrote; shapes A and B on one rank get a panel
+each.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ def panel(result: dict[str, Any], top: int) -> tuple[list[str], int]:
     return parts, top + TOP + len(rows) * BAR
 
 
-def main(path: str) -> None:
+def main(paths: list[str]) -> None:
     """Print the picture."""
-    report = json.loads(Path(path).read_text(encoding="utf-8"))
+    reports = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
+    report = reports[0]
     parts: list[str] = []
     bottom = 0
-    for result in report["results"]:
+    for result in (result for report in reports for result in report["results"]):
         if result["shape"] in ("A", "B") and result["ranks"] == 1:
             bars, bottom = panel(result, bottom)
             parts += bars
@@ -48,4 +50,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])
