@@ -29,7 +29,7 @@ from torch import distributed as dist
 from bench.contest import Shape
 from bench.contestants import Contestant, Race, run
 from bench.work import SHAPES, prepare
-from distgpt.plan import BatchPlan, Layout, Sizes, Work, traffic
+from distgpt.plan import BatchPlan, Layout, Sizes, Work, count, traffic
 
 UPDATE_BYTES = 28
 """Of a parameter in AdamW: weight, gradient and two moments are read, all but the gradient written."""
@@ -150,8 +150,8 @@ def measure(many: list[int], shape: Shape) -> None:
             predicted, exposed = step_seconds(shared, Layout("ddp", ranks), machine)
             found = whole if ranks == 1 else measured_step(Path(scratch, str(ranks)), shape, ranks)
             print(
-                f"{ranks} ranks: predicted {predicted:.3f} s ({exposed:.3f} s of exchange at {link / 1e9:.2f} GB/s), "
-                f"measured {found:.3f} s, {found / predicted:.2f}x"
+                f"{count(ranks, 'rank')}: predicted {predicted:.3f} s ({exposed:.3f} s of exchange at "
+                f"{link / 1e9:.2f} GB/s), measured {found:.3f} s, {found / predicted:.2f}x"
             )
 
 

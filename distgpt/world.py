@@ -410,7 +410,7 @@ def reach_store(rank: int, until: float) -> bool:
 def keep_freed_memory() -> None:
     """Let the C library reuse large blocks instead of returning them: fresh memory costs page faults in each step.
 
-    GPT-tiny's compiled step took 0.27 to 0.29 s with it and 0.32 to 0.33 s without (bench/README.md). glibc only.
+    Compiled steps gain about 5 % (bench/README.md). glibc only.
     """
     m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
     try:
