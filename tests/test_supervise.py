@@ -33,7 +33,7 @@ def test_a_signal_saves_the_step_and_exits_75(begin: Any, name: str) -> None:
     assert training_curve(run.output_dir)[-1][0] == step  # no step is lost, none recorded that was not made
 
 
-@pytest.mark.parametrize(("ranks", "strategy"), [(1, "auto"), (2, "fsdp")])
+@pytest.mark.parametrize(("ranks", "strategy"), [(1, "auto"), pytest.param(2, "fsdp", marks=pytest.mark.slow)])
 def test_stopped_and_started_again_it_ends_bit_for_bit_the_same(
     begin: Any, tmp_path: Path, run: Run, ranks: int, strategy: str
 ) -> None:
@@ -272,6 +272,7 @@ def test_torchrun_recovers_from_a_lost_rank_without_a_hand(begin: Any, tmp_path:
     assert hashes(lost.output_dir, 50) == hashes(whole, 50)
 
 
+@pytest.mark.slow
 def test_crashes_at_one_step_stop_it_for_good_until_somebody_has_read_why(begin: Any, tmp_path: Path, run: Run) -> None:
     fault = "step.seed_dropout:kill:1:step=41:always"
     loop = begin(2, *PLAIN, "num_training_steps=50", fault=fault, torchrun_options=("--max-restarts=5",))

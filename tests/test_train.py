@@ -166,14 +166,8 @@ def test_the_run_learns(curves: dict[str, list[tuple[int, float, float]]]) -> No
     assert losses[-1] < losses[0] - 0.8
 
 
-@pytest.mark.parametrize(
-    ("ranks", "strategy"),
-    [
-        (1, "auto"),
-        pytest.param(3, "auto", marks=pytest.mark.slow),
-        pytest.param(3, "fsdp", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "strategy"), [(1, "auto"), (3, "auto"), (3, "fsdp")])
 def test_killed_and_started_again_it_ends_bit_for_bit_the_same(
     config_file: Path, tmp_path: Path, ranks: int, strategy: str
 ) -> None:
@@ -347,6 +341,7 @@ def test_another_run_begins_with_a_finished_runs_weights(
     assert [step for step, _, _ in training_curve(tmp_path / "tuned")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_another_run_begins_with_a_checkpoints_weights_which_also_score_and_write(
     config_file: Path, tmp_path: Path, run: Run
 ) -> None:
