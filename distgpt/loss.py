@@ -23,6 +23,9 @@ gradient too often; larger ones gain nothing (bench/README.md)."""
 FEW_LOGITS = 2**21
 """So many are as fast whole as in tiles, or faster (bench/README.md)."""
 
+LARGE = 2.0**96
+"""exp of a loss of 66 nats; from there on, products with exponentials might overflow."""
+
 NARROW = 64
 """Widths below it have the weight's gradient added up column by column: matmuls are faster so (bench/README.md)."""
 
@@ -105,7 +108,7 @@ class TiledLoss(torch.autograd.Function):
             logits_RV[:, n_vocab:] = -math.inf  # padding rows: probability and gradient exactly 0
             target_logits_R = shift_R = logits_RV.gather(1, targets_R[:, None]).squeeze(1).to(wide)
             sum_R = tiles.exp_rows(logits_RV, shift_R, e_RV)
-            if not sum_R.isfinite().all():  # a target some 88 nats below the largest logit: start from that
+            if not (sum_R < LARGE).all():  # a target that far below the largest logit: start from that
                 shift_R = logits_RV.amax(1).to(wide)
                 sum_R = tiles.exp_rows(logits_RV, shift_R, e_RV)
             losses_R.copy_((sum_R.log() + (shift_R - target_logits_R)) * real_R)

@@ -324,10 +324,10 @@ def shard(model: DecoderLM, world: World, execution: Execution) -> None:
     copies = world.size // layout.shard_ranks
     axes = {"replicate": copies, "shard": layout.shard_ranks} if layout.strategy == "hsdp" else {"shard": world.size}
     mesh = init_device_mesh(world.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-    dtype = torch.bfloat16 if layout.reduce_dtype == "bf16" else torch.float32
-    outer = MixedPrecisionPolicy(reduce_dtype=dtype if layout.reduce_dtype == "bf16" else None)
-    inner = MixedPrecisionPolicy(torch.bfloat16, dtype, cast_forward_inputs=False)
-    inner = inner if execution.precision == "bf16" else outer
+    reduce_dtype = torch.bfloat16 if layout.reduce_dtype == "bf16" else None
+    outer = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
+    narrow = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype or torch.float32, cast_forward_inputs=False)
+    inner = narrow if execution.precision == "bf16" else outer
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=inner, reshard_after_forward=layout.reshard_after_forward)
     fully_shard(model, mesh=mesh, mp_policy=outer, reshard_after_forward=False)

@@ -52,9 +52,9 @@ def write(found: profiler.profile, folder: Path, world: World) -> str:
         folder.mkdir(exist_ok=True)
         found.export_chrome_trace(str(folder / f"trace-rank-{world.rank}.json.gz"))
         if world.is_first:
-            time = f"self_{world.device.type}_time_total"
+            time = f"self_{'cuda' if world.device.type == 'cuda' else 'cpu'}_time_total"
             table = found.key_averages().table(sort_by=time, row_limit=TOP_OPERATIONS)
-            (folder / "operations.txt").write_text(table)
+            (folder / "operations.txt").write_text(table, encoding="utf-8")
     except (OSError, RuntimeError) as error:  # no reason to end a run
         return f"warning: {folder}: {error}; no profile was written"
     return f"profile {folder}: operations.txt, and trace-rank-*.json.gz for ui.perfetto.dev"

@@ -65,11 +65,15 @@ def test_without_targets_loss_and_gradients_are_zero() -> None:
     assert all((g == 0).all() for g in gradients(loss, x_PD, weight_VD))
 
 
-def test_large_logits_do_not_overflow() -> None:
+@pytest.mark.parametrize("scale", [3, 6, 1000])
+def test_large_logits_overflow_neither_the_loss_nor_its_gradient(scale: int) -> None:
+    """With losses of up to 75, 150 and 25,000 nats."""
     x_PD, weight_VD, targets_P = case(torch.float32)
-    big = tiled_loss(x_PD * 1000, weight_VD, targets_P, N_VOCAB, Tiles())
-    expected = F.cross_entropy(x_PD * 1000 @ weight_VD[:N_VOCAB].T, targets_P, ignore_index=IGNORED, reduction="sum")
-    torch.testing.assert_close(big, expected)
+    found = tiled_loss(x_PD * scale, weight_VD, targets_P, N_VOCAB, Tiles())
+    expected = F.cross_entropy(x_PD * scale @ weight_VD[:N_VOCAB].T, targets_P, ignore_index=IGNORED, reduction="sum")
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(gradients(found, x_PD, weight_VD), gradients(expected, x_PD, weight_VD), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
 
 
 def test_bf16_autocast_agrees_within_its_precision() -> None:
