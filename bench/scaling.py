@@ -27,9 +27,9 @@ import torch
 from torch import distributed as dist
 
 from bench.contest import Shape
-from bench.contestants import Contestant, Race, run
-from bench.work import SHAPES, prepare
-from distgpt.plan import BatchPlan, Layout, Sizes, Work, count, traffic
+from bench.contestants import Race, contestants, run
+from bench.work import SHAPES, prepare, sizes_of
+from distgpt.plan import BatchPlan, Layout, Work, count, traffic
 
 UPDATE_BYTES = 28
 """Of a parameter in AdamW: weight, gradient and two moments are read, all but the gradient written."""
@@ -37,7 +37,6 @@ UPDATE_BYTES = 28
 BUCKET_BYTES = 25 * 2**20
 """Of gradients that DDP exchanges at a time."""
 
-VOCAB = 50257
 STEP_TOKENS = 2**19
 """Of an update in the predictions: half a million, as GPT-2 and GPT-3 used at these sizes."""
 
@@ -58,8 +57,7 @@ class Machine:
 
 def work_of(shape: Shape, sequences: int, ranks: int, batch_size: int) -> Work:
     """A shape's work, the update's sequences shared among ranks."""
-    sizes = Sizes(VOCAB, shape.width, shape.heads, shape.positions, shape.layers)
-    return Work(sizes, BatchPlan(sequences, batch_size, ranks), shape.positions, bf16=True)
+    return Work(sizes_of(shape), BatchPlan(sequences, batch_size, ranks), shape.positions, bf16=True)
 
 
 def step_seconds(work: Work, layout: Layout, machine: Machine) -> tuple[float, float]:
@@ -103,7 +101,7 @@ def predict(machine: Machine, many: list[int], reduce_dtype: str) -> None:
 def measured_step(folder: Path, shape: Shape, ranks: int, steps: int = 8) -> float:
     """Median seconds of a step of plain fp32 on so many ranks of this machine."""
     race = Race(prepare(folder, shape, steps), ranks, steps, log_every=1, peers=None, cache=folder / "cache")
-    outcome = run(Contestant("distgpt", "distgpt", "fp32", compile=False), race)
+    outcome = run(contestants()["distgpt plain"], race)
     if outcome.failure:
         sys.exit(f"{ranks} ranks: {outcome.failure}")
     return statistics.median(row["seconds"] for row in outcome.rows[3:])

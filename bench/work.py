@@ -76,8 +76,12 @@ def prepare(folder: Path, shape: Shape, steps: int) -> Prepared:
         model = DecoderLM(VOCAB, shape.width, shape.heads, shape.positions, shape.layers, seed=config.seed)
     weights = model.without_padding(model.state_dict())
     save_file({name: values.contiguous() for name, values in weights.items()}, folder / "initial.safetensors")
-    sizes = Sizes(VOCAB, shape.width, shape.heads, shape.positions, shape.layers)
-    return Prepared(folder, shape, sizes.flops_per_token(shape.positions), loader_seconds)
+    return Prepared(folder, shape, sizes_of(shape).flops_per_token(shape.positions), loader_seconds)
+
+
+def sizes_of(shape: Shape) -> Sizes:
+    """A shape's model, for the plan on paper."""
+    return Sizes(VOCAB, shape.width, shape.heads, shape.positions, shape.layers)
 
 
 def run_config(folder: Path, shape: Shape, steps: int) -> dict[str, object]:
