@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.work import Prepared
+from distgpt import ENVIRONMENT
 
 REPO = Path(__file__).parent.parent
 MOST_SECONDS = 3600.0
@@ -144,7 +145,7 @@ def run(contestant: Contestant, race: Race, accumulate: int = 1) -> Outcome:
     shutil.rmtree(race.prepared.folder / "distgpt", ignore_errors=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = {
-        **{key: value for key, value in os.environ.items() if key not in ALLOCATOR},  # distgpt sets one when imported
+        **{key: value for key, value in os.environ.items() if key not in {*ALLOCATOR, *ENVIRONMENT}},
         "OMP_NUM_THREADS": str(max(1, cores // race.ranks)),
         "TORCHINDUCTOR_CACHE_DIR": str(race.cache),
         **contestant.environment,
