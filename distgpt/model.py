@@ -64,10 +64,10 @@ class Attention(nn.Module):
         """What every position gathers, BTD, from queries, keys and values (X = 3 N H); between the two projections."""
         device_type, H = qkv_BTX.device.type, qkv_BTX.shape[-1] // (3 * self.n_head)
         p_dropout = self.p_dropout if self.training else 0.0
-        if qkv_BTX.dtype == torch.bfloat16 and device_type == "cpu" and H < 32:
-            # The CPU's fused backward takes 5 times as long in bf16 as in fp32 for H = 16 (15.3 and 2.8 ms for
-            # B=32 N=2 T=128), as long from H = 64 on.
-            qkv_BTX = qkv_BTX.float()
+        # Fused attention is slow in bf16 on the CPU: see bench/README.md for both ways round it.
+        slow = qkv_BTX.dtype == torch.bfloat16 and device_type == "cpu"
+        if slow and H < 32:
+            qkv_BTX, slow = qkv_BTX.float(), False
         has_autocast = torch.amp.is_autocast_available(device_type)  # not on the meta device
         # In the type that queries, keys and values have now.
         with torch.autocast(device_type, enabled=False) if has_autocast else nullcontext():
@@ -76,10 +76,22 @@ class Attention(nn.Module):
             q_BNTH, k_BNSH, v_BNSH = rearrange(qkv_BTX, "B T (qkv N H) -> qkv B N T H", qkv=3, N=self.n_head)
             if cache is not None:
                 k_BNSH, v_BNSH = cache.append(self.layer, k_BNSH, v_BNSH)
-            attended_BNTH = F.scaled_dot_product_attention(
-                q_BNTH, k_BNSH, v_BNSH, attn_mask=mask_BNTS, dropout_p=p_dropout, is_causal=mask_BNTS is None
-            )
+            if slow and torch.compiler.is_compiling() and mask_BNTS is None and q_BNTH.shape[2] <= 512:
+                attended_BNTH = attend_by_matmuls(q_BNTH, k_BNSH, v_BNSH, p_dropout)
+            else:
+                attended_BNTH = F.scaled_dot_product_attention(
+                    q_BNTH, k_BNSH, v_BNSH, attn_mask=mask_BNTS, dropout_p=p_dropout, is_causal=mask_BNTS is None
+                )
             return rearrange(attended_BNTH, "B N T H -> B T (N H)")
+
+
+def attend_by_matmuls(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, p_dropout: float) -> Tensor:
+    """Causal attention with all of its T x T weights; compiled, what is between the two matmuls is one pass."""
+    T, H = q_BNTH.shape[-2:]
+    later_TT = torch.ones(T, T, dtype=torch.bool, device=q_BNTH.device).triu(1)
+    scores_BNTT = (q_BNTH / math.sqrt(H)) @ k_BNTH.mT
+    weights_BNTT = scores_BNTT.masked_fill(later_TT, -math.inf).softmax(-1)
+    return F.dropout(weights_BNTT, p_dropout) @ v_BNTH
 
 
 class Norm(nn.LayerNorm):
@@ -88,6 +100,13 @@ class Norm(nn.LayerNorm):
     def forward(self, x_BTD: Tensor) -> Tensor:
         weight_D, bias_D = self.weight.to(x_BTD.dtype), self.bias.to(x_BTD.dtype)
         return F.layer_norm(x_BTD, self.normalized_shape, weight_D, bias_D, self.eps)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form (Hendrycks & Gimpel 2016), which is x sigmoid(2 u) as well: compiled, that is faster."""
+    if torch.compiler.is_compiling():
+        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    return F.gelu(x, approximate="tanh")
 
 
 class Block(nn.Module):
@@ -119,7 +138,7 @@ class Block(nn.Module):
     def after(self, x_BTD: Tensor, attended_BTD: Tensor) -> Tensor:
         """From attention on: its output added to the stream, then the MLP's."""
         x_BTD = x_BTD + self.dropout(self.attention.out(attended_BTD))
-        h_BTF = F.gelu(self.mlp_up(self.mlp_norm(x_BTD)), approximate="tanh")
+        h_BTF = gelu(self.mlp_up(self.mlp_norm(x_BTD)))
         x_BTD = x_BTD + self.dropout(self.mlp_down(h_BTF))
         return x_BTD
 

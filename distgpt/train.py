@@ -225,6 +225,8 @@ def build(config: Config, start: Start, world: World, supervisor: Supervisor) ->
         log.say("compiling: up to half a minute the first time")
     warm_up(running, [batch.to(world.device) for batch in reader.at(first_step)], world)
     log.memory(first_step, world.gather(world.peak_bytes))
+    if model.head.tiles is not None:  # whole logits would take up several times as much
+        worlds.keep_freed_memory()
     return Run(model, running, optimizer, reader, log, state, first_step)
 
 

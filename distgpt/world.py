@@ -410,7 +410,8 @@ def reach_store(rank: int, until: float) -> bool:
 def keep_freed_memory() -> None:
     """Let the C library reuse large blocks instead of returning them: fresh memory costs page faults in each step.
 
-    Compiled steps gain about 5 % (bench/README.md). glibc only.
+    glibc only. To be called after compiling, which would leave small blocks between the large ones; gains are in
+    bench/README.md.
     """
     m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
     try:

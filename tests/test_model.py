@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from distgpt.config import ModelConfig
-from distgpt.model import DecoderLM, KeyValueCache
+from distgpt.model import DecoderLM, KeyValueCache, attend_by_matmuls
 
 SIZES = ModelConfig(n_embd=24, n_head=3, n_positions=20, n_layer=2)
 N_VOCAB = 101
@@ -182,3 +182,10 @@ def test_dropout_acts_in_training_only() -> None:
     assert not torch.equal(m(batch), m(batch))
     m.eval()
     assert torch.equal(m(batch), m(batch))
+
+
+def test_attention_by_matmuls_is_fused_attention() -> None:
+    q_BNTH, k_BNTH, v_BNTH = torch.randn(3, 2, 3, 17, 8, dtype=torch.float64)
+    fused = F.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, is_causal=True)
+    by_matmuls = attend_by_matmuls(q_BNTH, k_BNTH, v_BNTH, 0.0)
+    torch.testing.assert_close(by_matmuls, fused, rtol=0, atol=1e-6)  # its softmax is in fp32
