@@ -225,7 +225,7 @@ class Supervisor:
 
     def watch(self) -> None:
         """Give signs of life, and look for those of the others and of the launcher, until closed."""
-        while not self.closed.wait(BEAT_SECONDS):
+        while not self.wait():
             try:
                 self.beat()
                 if heard and (lost := self.lost_peers(SILENT_SECONDS)):  # torchrun stops the others when one has died
@@ -239,6 +239,15 @@ class Supervisor:
             except RuntimeError as error:  # of the store, which the launcher keeps
                 if not self.closed.is_set():
                     self.leave(f"the launcher's store does not answer ({summary(error)})", tell=False)
+
+    def wait(self) -> bool:
+        """Wait for the next beat; whether the run has been closed. While this process was stopped, it did not hang."""
+        slept_at = time.monotonic()
+        closed = self.closed.wait(BEAT_SECONDS)
+        overslept = time.monotonic() - slept_at - BEAT_SECONDS
+        if overslept > LOST_SECONDS:  # as after Ctrl-Z and fg
+            self.progressed_at += overslept
+        return closed
 
     def report_hang(self) -> NoReturn:
         """Write what every thread is doing, find who is stuck, and leave."""

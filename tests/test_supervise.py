@@ -149,6 +149,18 @@ def test_a_hang_ends_the_run_with_stacks_and_the_silent_rank(begin: Any) -> None
     assert run.status()["code"] == 76
 
 
+def test_a_run_that_was_stopped_and_continued_did_not_hang(begin: Any) -> None:
+    run = begin(1, *ENDLESS, "hang_minutes=0.1")
+    run.wait_for_steps(3)
+    run.process.send_signal(signal.SIGSTOP)
+    time.sleep(8)  # more than hang_minutes
+    run.process.send_signal(signal.SIGCONT)
+    run.wait_for_steps(run.recorded() + 3)
+    time.sleep(2)  # the supervisor looks twice a second
+    run.process.send_signal(signal.SIGTERM)
+    assert run.process.wait(30) == 75, run.text()
+
+
 def test_a_second_run_in_one_folder_is_refused(begin: Any, tmp_path: Path, run: Run) -> None:
     first = begin(1, *ENDLESS)
     first.wait_for_steps(2)
