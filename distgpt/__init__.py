@@ -12,5 +12,4 @@ ENVIRONMENT = {
 }
 """What torch is set to from outside, unless the user has."""
 
-for name, value in ENVIRONMENT.items():
-    os.environ.setdefault(name, value)
+os.environ.update(ENVIRONMENT | os.environ)

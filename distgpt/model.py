@@ -22,6 +22,9 @@ from distgpt.plan import VOCAB_MULTIPLE
 
 TOKEN_ROWS = "token_embedding.weight"
 
+NARROW_HEAD, SHORT_SEQUENCE = 32, 512
+"""In bf16 on the CPU, narrower heads attend in fp32; others, if compiled, by matmuls over at most so many positions."""
+
 
 class KeyValueCache:
     """The keys and values of positions already read, a slot for each layer: a new token costs one position.
@@ -64,10 +67,9 @@ class Attention(nn.Module):
         """What every position gathers, BTD, from queries, keys and values (X = 3 N H); between the two projections."""
         device_type, H = qkv_BTX.device.type, qkv_BTX.shape[-1] // (3 * self.n_head)
         p_dropout = self.p_dropout if self.training else 0.0
-        # Fused attention is slow in bf16 on the CPU: see bench/README.md for both ways round it.
-        slow = qkv_BTX.dtype == torch.bfloat16 and device_type == "cpu"
-        if slow and H < 32:
-            qkv_BTX, slow = qkv_BTX.float(), False
+        fused_is_slow = qkv_BTX.dtype == torch.bfloat16 and device_type == "cpu"  # both ways round it: bench/README.md
+        if fused_is_slow and H < NARROW_HEAD:
+            qkv_BTX, fused_is_slow = qkv_BTX.float(), False
         has_autocast = torch.amp.is_autocast_available(device_type)  # not on the meta device
         # In the type that queries, keys and values have now.
         with torch.autocast(device_type, enabled=False) if has_autocast else nullcontext():
@@ -76,7 +78,8 @@ class Attention(nn.Module):
             q_BNTH, k_BNSH, v_BNSH = rearrange(qkv_BTX, "B T (qkv N H) -> qkv B N T H", qkv=3, N=self.n_head)
             if cache is not None:
                 k_BNSH, v_BNSH = cache.append(self.layer, k_BNSH, v_BNSH)
-            if slow and torch.compiler.is_compiling() and mask_BNTS is None and q_BNTH.shape[2] <= 512:
+            short = mask_BNTS is None and qkv_BTX.shape[1] <= SHORT_SEQUENCE
+            if fused_is_slow and short and torch.compiler.is_compiling():
                 attended_BNTH = attend_by_matmuls(q_BNTH, k_BNSH, v_BNSH, p_dropout)
             else:
                 attended_BNTH = F.scaled_dot_product_attention(
