@@ -1,1 +1,1 @@
-"""What distgpt is measured with: `python -m bench.speed`, and scripts to run by themselves."""
+"""Benchmarks: `python -m bench.speed` compares distgpt with other trainers; the other modules are smaller scripts."""

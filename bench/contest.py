@@ -1,6 +1,6 @@
-"""What the contestants of `python -m bench.speed` share: their task, its batches and weights, and a line a step.
+"""What all contestants of `python -m bench.speed` use: their task, its batches and weights, and the timing of steps.
 
-It runs in the environments of the peers too, so it imports nothing of distgpt.
+It also runs in the environments of the peers, so it does not import distgpt.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ class Shape:
     positions: int
     """Tokens in a sequence."""
     sequences: int
-    """Of an update, over all ranks."""
+    """Per update, over all ranks."""
 
     @property
     def tokens(self) -> int:
-        """Of an update, over all ranks."""
+        """Per update, over all ranks."""
         return self.sequences * self.positions
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a contestant has to do."""
+    """What a contestant computes."""
 
     folder: Path
-    """Where the harness has put the shape, the batches and the initial weights."""
+    """Contains the shape, the batches and the initial weights."""
     steps: int
     precision: str
     accumulate: int
-    """Micro-steps of an update."""
+    """Micro-steps per update."""
     log_every: int
     rank: int
-    ranks: int
+    world_size: int
 
     @property
     def shape(self) -> Shape:
-        """The model's sizes and the batch's."""
+        """The sizes of the model and the batch."""
         return Shape(**json.loads((self.folder / "shape.json").read_text()))
 
     @property
@@ -68,12 +68,12 @@ class Task:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
     def batches(self) -> np.ndarray:
-        """Token ids of all steps and ranks, of shape (steps, sequences, positions + 1), on disk."""
-        found: np.ndarray = np.load(self.folder / "batches.npy", mmap_mode="r")
-        return found
+        """Token ids of all steps and ranks, of shape (steps, sequences, positions + 1), memory-mapped."""
+        batches: np.ndarray = np.load(self.folder / "batches.npy", mmap_mode="r")
+        return batches
 
     def initial_weights(self) -> dict[str, Tensor]:
-        """distgpt's initial weights, under its names."""
+        """distgpt's initial weights, under distgpt's names."""
         from safetensors.torch import load_file
 
         weights: dict[str, Tensor] = load_file(self.folder / "initial.safetensors")
@@ -81,58 +81,58 @@ class Task:
 
 
 def micro_batches(task: Task, batch: np.ndarray) -> list[tuple[Tensor, Tensor]]:
-    """This rank's share of an update on its device: ids and the id that follows each, micro-step by micro-step."""
-    rows = torch.from_numpy(batch[task.rank :: task.ranks].astype(np.int64)).to(task.device)
+    """This rank's share of an update on its device: (ids, targets) of each micro-step."""
+    rows = torch.from_numpy(batch[task.rank :: task.world_size].astype(np.int64)).to(task.device)
     return [(part[:, :-1], part[:, 1:]) for part in rows.chunk(task.accumulate)]
 
 
-def renamed(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
-    """Weights under a peer's names, which differ in these parts."""
+def rename_weights(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    """The weights under a peer's names. `names` maps parts of distgpt's names to the peer's."""
     result = {}
     for name, values in weights.items():
-        new = name
-        for ours, theirs in names.items():
-            new = new.replace(ours, theirs)
-        result[new] = values
+        peer_name = name
+        for distgpt_part, peer_part in names.items():
+            peer_name = peer_name.replace(distgpt_part, peer_part)
+        result[peer_name] = values
     return result
 
 
 def read_task(description: str) -> Task:
-    """A contestant's command line."""
+    """The task from a contestant's command line."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("folder", type=Path, help="made by the harness: shape.json, batches.npy, initial.safetensors")
+    parser.add_argument("folder", type=Path, help="contains shape.json, batches.npy and initial.safetensors")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-steps of an update (default 1)")
-    parser.add_argument("--log-every", type=int, default=1, help="steps between lines (default 1)")
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    return Task(**vars(parser.parse_args()), rank=rank, ranks=ranks)
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-steps per update (default 1)")
+    parser.add_argument("--log-every", type=int, default=1, help="steps between printed lines (default 1)")
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return Task(**vars(parser.parse_args()), rank=rank, world_size=world_size)
 
 
-class Clock:
-    """Times steps, and prints a line for the first and for every so many; what a line costs is not timed."""
+class StepTimer:
+    """Times steps and prints a JSON line after the first step and every `log_every` steps. Printing is not timed."""
 
     def __init__(self, task: Task) -> None:
         self.task, self.tokens, self.last_step = task, task.shape.tokens, 0
         self.started_at = time.perf_counter()
 
-    def due(self, step: int) -> bool:
-        """Whether this step (from 1) gets a line."""
+    def is_due(self, step: int) -> bool:
+        """Whether a line is printed after this step (from 1)."""
         return step == 1 or step % self.task.log_every == 0
 
-    def done(self, step: int, loss: float) -> None:
-        """Print the mean time of the steps since the last line. Every rank calls, with its share's mean loss."""
+    def log(self, step: int, loss: float) -> None:
+        """Print the mean time of the steps since the last line. Every rank calls, with the mean loss of its share."""
         seconds = (time.perf_counter() - self.started_at) / (step - self.last_step)
-        ranks: list[tuple[float, int]] = [(loss, peak_mib())]
-        if self.task.ranks > 1:
-            ranks = ranks * self.task.ranks
-            dist.all_gather_object(ranks, (loss, peak_mib()))
+        by_rank: list[tuple[float, int]] = [(loss, peak_mib())]
+        if self.task.world_size > 1:
+            by_rank = by_rank * self.task.world_size
+            dist.all_gather_object(by_rank, (loss, peak_mib()))
         line = {
             "step": step,
             "seconds": round(seconds, 5),
             "tokens_per_second": round(self.tokens / seconds, 1),
-            "loss": sum(loss for loss, _ in ranks) / len(ranks),
-            "rss_mib": max(peak for _, peak in ranks),
+            "loss": sum(loss for loss, _ in by_rank) / len(by_rank),
+            "rss_mib": max(peak for _, peak in by_rank),
         }
         if self.task.rank == 0:
             print(json.dumps(line), flush=True)
@@ -140,12 +140,12 @@ class Clock:
 
 
 def peak_mib() -> int:
-    """The most memory this process has used at a time: tensors on a GPU, else what is resident."""
+    """This process's peak memory: tensors on a GPU, else the resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() // 2**20
     try:
-        # Not getrusage where it can be helped: its figure goes on from the process that started this one.
-        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        # Preferred to getrusage, whose maximum includes that of the process that forked this one.
+        match = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:
-        found = None
-    return (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) // 1024
+        match = None
+    return (int(match[1]) if match else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) // 1024

@@ -1,8 +1,8 @@
 """Loss and gradient norm of GPT-tiny's first steps on any number of ranks, in fp32 or fp64, to compare layouts.
 
-`python bench/drift.py 130 fp64 one.json`, `torchrun --nproc_per_node=4 bench/drift.py 130 fp64 four.json [key=value]`
-(such as parallel.strategy=fsdp), then
-`python bench/drift.py one.json four.json` prints the largest relative differences and their steps.
+`python bench/drift.py STEPS fp64 one.json [key=value]`, alone or under torchrun, writes them. Overrides such as
+parallel.strategy=fsdp choose the layout. `python bench/drift.py one.json four.json` prints the largest relative
+differences of two files and their steps.
 """
 
 from __future__ import annotations
@@ -14,15 +14,21 @@ from pathlib import Path
 
 import torch
 
-from distgpt import config as configs
-from distgpt import trained
-from distgpt import world as worlds
-from distgpt.check import check
-from distgpt.data import ShuffledReader
-from distgpt.errors import leave
-from distgpt.optim import build_optimizer, learning_rate, set_learning_rate
-from distgpt.parallel import Execution, decide_layout, parallelize
-from distgpt.step import train_step
+from distgpt.checkpoint.weights import build_model
+from distgpt.config.loader import load_config
+from distgpt.data.dataloader import TrainLoader
+from distgpt.data.dataset import num_windows
+from distgpt.data.sampler import BatchPlan, Sampler
+from distgpt.distributed.context import init_distributed
+from distgpt.distributed.parallelize import parallelize
+from distgpt.distributed.runtime import resolve_runtime
+from distgpt.errors import exit_process
+from distgpt.optim.schedules import learning_rate
+from distgpt.resilience.preflight import run_preflight
+from distgpt.training.step import StepSettings, train_step
+
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+OVERRIDES = ["device=cpu", "precision=fp32", "compile=off"]
 
 
 def compare(first: str, second: str) -> None:
@@ -30,37 +36,46 @@ def compare(first: str, second: str) -> None:
     rows = zip(json.loads(Path(first).read_text()), json.loads(Path(second).read_text()), strict=True)
     pairs = [(step, a, b) for step, (a, b) in enumerate(rows, 1)]
     for column, name in enumerate(("loss", "gradient norm")):
-        worst = max((abs(a[column] - b[column]) / abs(a[column]), step) for step, a, b in pairs)
-        print(f"{name}: {worst[0]:.2e} at step {worst[1]} of {len(pairs)}")
+        difference, step = max((abs(a[column] - b[column]) / abs(a[column]), step) for step, a, b in pairs)
+        print(f"{name}: {difference:.2e} at step {step} of {len(pairs)}")
 
 
 def run(steps: int, dtype: torch.dtype, output: Path, overrides: list[str]) -> None:
     """Train and write [loss, gradient norm] of each step."""
-    config = configs.load("configs/GPT-tiny.yaml", [f"output_dir={tempfile.mkdtemp()}", "device=cpu", *overrides])
-    world = worlds.start("cpu")
-    start = world.first_rank_first(lambda: check(config, fresh=True))
-    model = trained.build_model(config, start.tokenizer).to(dtype)
-    execution = Execution("fp32", False, "cpu", decide_layout(config, model.n_vocab, "fp32", world))
-    running = parallelize(model, world, execution)
-    optimizer = build_optimizer(model, config.optimizer)
-    stream = start.tokens.train, model.n_vocab, config.seq_len, config.seed
-    reader = ShuffledReader(*stream, config.batch_plan(world.size), world.rank)
-    schedule = config.num_warmup_steps, config.num_training_steps, config.min_lr, config.max_lr
+    config = load_config("configs/GPT-tiny.yaml", [f"output_dir={tempfile.mkdtemp()}", *OVERRIDES, *overrides])
+    context = init_distributed("cpu")
+    inputs = context.rank0_first(lambda: run_preflight(config, fresh=True))
+    n_vocab = inputs.tokenizer.n_vocab
+    runtime = resolve_runtime(config, n_vocab, context)
+    context = context.with_mesh(runtime.layout.shard_size)
+    base_model = build_model(config, inputs.tokenizer, runtime.kernels(config)).to(dtype)
+    model = parallelize(base_model, context, runtime)
+    optimizer = config.optimizer.build(base_model)
+    plan = BatchPlan.from_config(config, context.dp_size)
+    sampler = Sampler(num_windows(len(inputs.dataset.train), config.seq_len), config.seed, plan, context.dp_rank)
+    loader = TrainLoader(inputs.dataset.train, n_vocab, config.seq_len, sampler)
+    settings = StepSettings(config.tokens_per_step, config.optimizer.grad_clip, context.dp_size, runtime)
     rows = []
     for step in range(steps):
-        set_learning_rate(optimizer, learning_rate(step, *schedule))
-        tokens = config.tokens_per_step
-        result = train_step(running, optimizer, reader.at(step), tokens, config.optimizer.grad_clip, world)
-        rows.append([float(world.sum(result.loss_sum.double())) / tokens, float(result.grad_norm)])
-    if world.is_first:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.schedule)
+        result = train_step(model, optimizer, loader.micro_batches(step), settings)
+        loss = float(context.all_reduce_sum(result.loss_sum.double())) / config.tokens_per_step
+        rows.append([loss, float(result.grad_norm)])
+    if context.is_rank0:
         output.write_text(json.dumps(rows))
-    world.close()
+    context.close()
+
+
+def main(arguments: list[str]) -> None:
+    """Compare two files, or train and write one."""
+    if len(arguments) == 2:
+        compare(*arguments)
+    else:
+        steps, dtype_name, output, *overrides = arguments
+        run(int(steps), DTYPES[dtype_name], Path(output), overrides)
+        exit_process(0)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        compare(*sys.argv[1:])
-    else:
-        dtype = {"fp32": torch.float32, "fp64": torch.float64}[sys.argv[2]]
-        run(int(sys.argv[1]), dtype, Path(sys.argv[3]), sys.argv[4:])
-        leave(0)
+    main(sys.argv[1:])

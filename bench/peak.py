@@ -1,4 +1,4 @@
-"""What this machine's large matrix products reach, as one JSON line of TFLOP/s by precision: `python -m bench.peak`.
+"""Print the speed of large matrix products on this machine, in TFLOP/s by precision, as JSON: `python -m bench.peak`.
 
 2048^3 on a CPU, 8192^3 on a GPU; the median of up to ten.
 """
@@ -13,7 +13,7 @@ import torch
 
 
 def matmul_tflops(dtype: torch.dtype, device: str) -> float:
-    """Of a square product in this type."""
+    """Of a product of square matrices of this dtype."""
     n = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     times: list[float] = []
@@ -28,5 +28,5 @@ def matmul_tflops(dtype: torch.dtype, device: str) -> float:
 
 if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    print(json.dumps({name: round(matmul_tflops(dtype, device), 4) for name, dtype in found.items()}))
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    print(json.dumps({name: round(matmul_tflops(dtype, device), 4) for name, dtype in dtypes.items()}))

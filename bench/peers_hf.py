@@ -1,6 +1,7 @@
-"""Hugging Face's `Trainer` with `GPT2LMHeadModel`, as `python -m bench.speed` starts it in an environment with both.
+"""Hugging Face's `Trainer` with `GPT2LMHeadModel`; `python -m bench.speed` starts it in its own environment.
 
-Its defaults, but for what all contestants share: the data and their order, AdamW's settings, and a line a step.
+Everything is at its default except what all contestants share: the data and their order, AdamW's settings, and one
+printed line per step.
 """
 
 from __future__ import annotations
@@ -19,7 +20,18 @@ from transformers import (  # type: ignore[import-not-found]
     TrainingArguments,
 )
 
-from bench.contest import BETAS, EPS, GRAD_CLIP, LEARNING_RATE, VOCAB, WEIGHT_DECAY, Clock, Task, read_task, renamed
+from bench.contest import (
+    BETAS,
+    EPS,
+    GRAD_CLIP,
+    LEARNING_RATE,
+    VOCAB,
+    WEIGHT_DECAY,
+    StepTimer,
+    Task,
+    read_task,
+    rename_weights,
+)
 
 NAMES = {
     "token_embedding": "wte",
@@ -33,11 +45,11 @@ NAMES = {
     "mlp_down": "mlp.c_proj",
     "final_norm": "ln_f",
 }
-"""Parts of distgpt's names, and what GPT2Model calls them."""
+"""Parts of distgpt's parameter names, and their names in GPT2Model."""
 
 
 class Sequences(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """The common batches, a sequence at a time, in order."""
+    """The shared batches as single sequences, in order."""
 
     def __init__(self, task: Task) -> None:
         self.rows = task.batches()[: task.steps].reshape(-1, task.shape.positions + 1)
@@ -47,22 +59,22 @@ class Sequences(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row = torch.from_numpy(self.rows[index].astype(np.int64))
-        # The model shifts `labels` by itself, which would leave out each sequence's last target.
+        # The model would shift `labels`, which loses the last target of each sequence.
         return {"input_ids": row[:-1], "labels": row[1:], "shift_labels": row[1:]}
 
 
-class Timer(TrainerCallback):  # type: ignore[misc]
+class TimerCallback(TrainerCallback):  # type: ignore[misc]
     """Prints a line for each step that the Trainer logs."""
 
     def __init__(self, task: Task) -> None:
-        self.clock = Clock(task)
+        self.timer = StepTimer(task)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.clock = Clock(self.clock.task)
+        self.timer = StepTimer(self.timer.task)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if "loss" in logs:
-            self.clock.done(state.global_step, logs["loss"])
+            self.timer.log(state.global_step, logs["loss"])
 
 
 def build_model(task: Task) -> Any:
@@ -79,11 +91,12 @@ def build_model(task: Task) -> Any:
         attn_pdrop=0.0,
     )
     model = GPT2LMHeadModel(config)
-    weights = renamed(task.initial_weights(), NAMES)
-    layers = {
+    weights = rename_weights(task.initial_weights(), NAMES)
+    # GPT2Model's Conv1D stores transposed matrices.
+    weights = {
         name: values.T if values.ndim == 2 and name.startswith("h.") else values for name, values in weights.items()
     }
-    model.transformer.load_state_dict(layers)  # its Conv1D keeps matrices transposed
+    model.transformer.load_state_dict(weights)
     return model
 
 
@@ -94,7 +107,7 @@ def main() -> None:
     arguments = TrainingArguments(
         output_dir=str(task.folder / "hf"),
         max_steps=task.steps,
-        per_device_train_batch_size=task.shape.sequences // task.ranks // task.accumulate,
+        per_device_train_batch_size=task.shape.sequences // task.world_size // task.accumulate,
         gradient_accumulation_steps=task.accumulate,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
@@ -107,14 +120,14 @@ def main() -> None:
         max_grad_norm=GRAD_CLIP,
         bf16=task.precision == "bf16",
         use_cpu=on_cpu,
-        ddp_backend=None if task.ranks == 1 else "gloo" if on_cpu else "nccl",
+        ddp_backend=None if task.world_size == 1 else "gloo" if on_cpu else "nccl",
         logging_steps=task.log_every,
         logging_first_step=True,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = Trainer(build_model(task), arguments, train_dataset=Sequences(task), callbacks=[Timer(task)])
+    trainer = Trainer(build_model(task), arguments, train_dataset=Sequences(task), callbacks=[TimerCallback(task)])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
 

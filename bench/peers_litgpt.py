@@ -1,6 +1,6 @@
-"""litgpt's `GPT`, compiled, in a Lightning Fabric loop: `python -m bench.speed` starts it in an environment with both.
+"""litgpt's `GPT`, compiled, in a Lightning Fabric loop; `python -m bench.speed` starts it in its own environment.
 
-The loop follows litgpt's own pretraining. GPT-2's sizes, norms, MLP and tied embeddings; litgpt has no learned
+The loop follows litgpt's own pretraining. Sizes, norms, MLP and tied embeddings are GPT-2's. litgpt has no learned
 positions, so it keeps its rotary ones.
 """
 
@@ -22,11 +22,11 @@ from bench.contest import (
     LEARNING_RATE,
     VOCAB,
     WEIGHT_DECAY,
-    Clock,
+    StepTimer,
     Task,
     micro_batches,
     read_task,
-    renamed,
+    rename_weights,
 )
 
 NAMES = {
@@ -40,16 +40,16 @@ NAMES = {
     "mlp_down": "mlp.proj",
     "final_norm": "transformer.ln_f",
 }
-"""Parts of distgpt's names, and what litgpt calls them."""
+"""Parts of distgpt's parameter names, and their names in litgpt."""
 
 
 def build_model(task: Task) -> Any:
-    """A model with those of distgpt's initial weights that it has."""
+    """The model with distgpt's initial weights, except the position embedding, which it lacks."""
     shape = task.shape
     config = Config(
         block_size=shape.positions,
         vocab_size=VOCAB,
-        padding_multiple=64,  # as distgpt: its own 512 would multiply more
+        padding_multiple=64,  # as in distgpt; litgpt's default of 512 would make larger matmuls
         n_layer=shape.layers,
         n_head=shape.heads,
         n_embd=shape.width,
@@ -64,7 +64,7 @@ def build_model(task: Task) -> Any:
     )
     model = GPT(config)
     model.lm_head.weight = model.transformer.wte.weight
-    weights = renamed(task.initial_weights(), NAMES)
+    weights = rename_weights(task.initial_weights(), NAMES)
     del weights["position_embedding.weight"]
     rows = weights["transformer.wte.weight"]
     padded = F.pad(rows, (0, 0, 0, config.padded_vocab_size - len(rows)))
@@ -78,15 +78,15 @@ def main() -> None:
     on_cpu = task.device.type == "cpu"
     fabric = Fabric(
         accelerator="cpu" if on_cpu else "cuda",
-        devices=task.ranks,
-        strategy="ddp" if task.ranks > 1 else "auto",
+        devices=task.world_size,
+        strategy="ddp" if task.world_size > 1 else "auto",
         precision="bf16-mixed" if task.precision == "bf16" else "32-true",
     )
     fabric.launch()
     model = fabric.setup(torch.compile(build_model(task)))
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, fused=not on_cpu)
     optimizer = fabric.setup_optimizers(optimizer)
-    clock = Clock(task)
+    timer = StepTimer(task)
     for step, batch in enumerate(task.batches()[: task.steps], 1):
         losses = []
         for index, (ids, targets) in enumerate(micro_batches(task, batch), 1):
@@ -97,8 +97,8 @@ def main() -> None:
         fabric.clip_gradients(model, optimizer, max_norm=GRAD_CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        if clock.due(step):
-            clock.done(step, torch.stack(losses).mean().item())
+        if timer.is_due(step):
+            timer.log(step, torch.stack(losses).mean().item())
 
 
 if __name__ == "__main__":

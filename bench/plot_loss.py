@@ -1,4 +1,4 @@
-"""Draw a run's losses as SVG: `python bench/plot_loss.py outputs/GPT-tiny/metrics.jsonl > bench/loss.svg`."""
+"""Plot a run's losses as SVG: `python bench/plot_loss.py outputs/GPT-tiny/metrics.jsonl > bench/loss.svg`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WIDTH, HEIGHT, LEFT, BOTTOM = 720, 360, 60, 40
 
 
 def main(path: str) -> None:
-    """Print the picture."""
+    """Print the SVG."""
     rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     train = [(row["step"], row["train-loss"]) for row in rows if "train-loss" in row]
     val = [(row["step"], row["val-loss"]) for row in rows if "val-loss" in row]
@@ -39,7 +39,9 @@ def main(path: str) -> None:
         x, y = point(step, loss)
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#d65f5f"/>')
         parts.append(f'<text x="{x:.1f}" y="{y - 10:.1f}" text-anchor="middle" fill="#d65f5f">{loss:.2f}</text>')
-    parts.append(f'<text x="{WIDTH - 24}" y="38" text-anchor="end" fill="#4878d0">training loss (nats a token)</text>')
+    parts.append(
+        f'<text x="{WIDTH - 24}" y="38" text-anchor="end" fill="#4878d0">training loss (nats per token)</text>'
+    )
     parts.append(f'<text x="{WIDTH - 24}" y="58" text-anchor="end" fill="#d65f5f">validation loss</text>')
     parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" text-anchor="middle">step</text></svg>')
     print("\n".join(parts))

@@ -1,4 +1,4 @@
-"""The outcomes of `python -m bench.speed` as figures, and figures as a table."""
+"""Summarize the outcomes of `python -m bench.speed`, and print the summary as a table."""
 
 from __future__ import annotations
 
@@ -7,32 +7,38 @@ from typing import Any
 
 import torch
 
-from bench.contestants import Outcome, Race
-from distgpt.metrics import peak_tflops
+from bench.contestants import Outcome, RunSettings
+from distgpt.training.metrics import peak_tflops
 
 
-def speeds_of(outcomes: list[Outcome], race: Race, warm_up: int) -> list[float]:
-    """Tokens per second of each line after the warm-up. A line is the mean of the steps since the last one."""
-    tokens, speeds = race.prepared.shape.tokens, []
+def speeds_after_warmup(outcomes: list[Outcome], settings: RunSettings, num_warmup_steps: int) -> list[float]:
+    """Tokens per second of each printed line after the warm-up: the mean of the steps since the previous line."""
+    tokens, speeds = settings.prepared.shape.tokens, []
     for outcome in outcomes:
-        before = [0.0, *(row["step"] for row in outcome.rows)]
-        speeds += [tokens / row["seconds"] for row, last in zip(outcome.rows, before, strict=False) if last >= warm_up]
+        previous_steps = [0.0, *(row["step"] for row in outcome.rows)]
+        speeds += [
+            tokens / row["seconds"]
+            for row, previous_step in zip(outcome.rows, previous_steps, strict=False)
+            if previous_step >= num_warmup_steps
+        ]
     return speeds
 
 
-def figures(name: str, outcomes: list[Outcome], race: Race, warm_up: int, peak: dict[str, float]) -> dict[str, Any]:
-    """A contestant's figures over all rounds."""
-    good = [outcome for outcome in outcomes if outcome.failure is None]
-    if not good:
+def summarize(
+    name: str, outcomes: list[Outcome], settings: RunSettings, num_warmup_steps: int, peak: dict[str, float]
+) -> dict[str, Any]:
+    """A contestant's figures over all rounds. `peak` is the speed of large matmuls in TFLOP/s by precision."""
+    completed = [outcome for outcome in outcomes if outcome.failure is None]
+    if not completed:
         return {"contestant": name, "failure": outcomes[0].failure}
-    speeds = speeds_of(good, race, warm_up)
+    speeds = speeds_after_warmup(completed, settings, num_warmup_steps)
     speed = statistics.median(speeds)
     low, _, high = statistics.quantiles(speeds, n=4, method="inclusive") if len(speeds) > 1 else speeds * 3
-    on_gpu, precision = torch.cuda.is_available(), good[0].precision
-    tflops = speed * race.prepared.flops_per_token / 1e12
-    each = tflops / (race.ranks if on_gpu else 1)  # ranks on CPUs share one machine
-    sheet = peak_tflops(torch.device("cuda"), precision) if on_gpu else None
-    stalls = [outcome.checkpoint_seconds for outcome in good if outcome.checkpoint_seconds is not None]
+    on_gpu, precision = torch.cuda.is_available(), completed[0].precision
+    tflops = speed * settings.prepared.flops_per_token / 1e12
+    device_tflops = tflops / (settings.world_size if on_gpu else 1)  # CPU ranks share one machine
+    data_sheet = peak_tflops(torch.device("cuda"), precision) if on_gpu else None
+    checkpoint_seconds = [outcome.checkpoint_seconds for outcome in completed if outcome.checkpoint_seconds is not None]
     return {
         "contestant": name,
         "precision": precision,
@@ -40,24 +46,24 @@ def figures(name: str, outcomes: list[Outcome], race: Race, warm_up: int, peak: 
         "quartiles": [low, high],
         "tflops": tflops,
         "matmul_tflops": peak[precision],
-        "mfu_matmul": each / peak[precision],
-        "mfu_data_sheet": each / sheet if sheet else None,
-        "peak_mib": max(outcome.peak_mib for outcome in good),
-        "first_step_seconds": [outcome.first_step_seconds for outcome in good],
-        "loader_seconds": race.prepared.loader_seconds if stalls else None,
-        "checkpoint_seconds": statistics.median(stalls) if stalls else None,
+        "mfu_matmul": device_tflops / peak[precision],
+        "mfu_data_sheet": device_tflops / data_sheet if data_sheet else None,
+        "peak_mib": max(outcome.peak_mib for outcome in completed),
+        "first_step_seconds": [outcome.first_step_seconds for outcome in completed],
+        "loader_seconds": settings.prepared.loader_seconds if checkpoint_seconds else None,
+        "checkpoint_seconds": statistics.median(checkpoint_seconds) if checkpoint_seconds else None,
         "failures": [outcome.failure for outcome in outcomes if outcome.failure is not None],
-        "rounds": [outcome.rows for outcome in good],
+        "rounds": [outcome.rows for outcome in completed],
     }
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Say how many times as fast as each contestant distgpt was, on its defaults and in fp32."""
+    """Add distgpt's speed as a multiple of each contestant's, on default settings and in fp32."""
     speeds = {row["contestant"]: row.get("tokens_per_second") for row in rows}
     for row in rows:
         for key, name in (("distgpt_ratio", "distgpt"), ("distgpt_fp32_ratio", "distgpt fp32")):
-            ours, theirs = speeds.get(name), speeds[row["contestant"]]
-            row[key] = ours / theirs if ours and theirs else None
+            distgpt_speed, speed = speeds.get(name), speeds[row["contestant"]]
+            row[key] = distgpt_speed / speed if distgpt_speed and speed else None
     return rows
 
 
@@ -69,42 +75,42 @@ COLUMNS = {
     "TFLOPS": lambda row: f"{row['tflops']:.3g}",
     "MFU (matmul)": lambda row: f"{row['mfu_matmul']:.1%} {row['precision']}",
     "MFU (data sheet)": lambda row: f"{row['mfu_data_sheet']:.1%}",
-    "MiB a rank": lambda row: f"{row['peak_mib']:,.0f}",
+    "MiB per rank": lambda row: f"{row['peak_mib']:,.0f}",
     "first step s": lambda row: ", ".join(f"{seconds:.1f}" for seconds in row["first_step_seconds"]),
     "loader ms": lambda row: f"{1e3 * row['loader_seconds']:.3f}",
     "checkpoint ms": lambda row: f"{1e3 * row['checkpoint_seconds']:.1f}",
 }
-"""Each column's cell; a figure that a contestant lacks (None) leaves its cell empty."""
+"""Formats each column's cell. The cell is empty where a contestant lacks the figure (None)."""
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The figures as text, then who failed and why."""
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """The figures as text, followed by the contestants that failed and why."""
     lines = [["contestant", *COLUMNS]]
     for row in rows:
         if "rounds" in row:
             micro = f" ({row['micro_steps']} micro-steps)" if row["micro_steps"] > 1 else ""
-            lines.append([row["contestant"] + micro, *(cell(column, row) for column in COLUMNS.values())])
+            lines.append([row["contestant"] + micro, *(_cell(column, row) for column in COLUMNS.values())])
     failures = [
-        f"{row['contestant']} failed: {why}"
+        f"{row['contestant']} failed: {reason}"
         for row in rows
-        for why in row.get("failures") or [row.get("failure")]
-        if why
+        for reason in row.get("failures") or [row.get("failure")]
+        if reason
     ]
-    return "\n".join([aligned(lines), *failures])
+    return "\n".join([align_columns(lines), *failures])
 
 
-def cell(column: Any, row: dict[str, Any]) -> str:
-    """A column's text for a row; empty where the figure is None."""
+def _cell(column: Any, row: dict[str, Any]) -> str:
+    """A row's text in a column; empty where the figure is None."""
     try:
         return str(column(row))
-    except TypeError:  # None does not format
+    except TypeError:  # None cannot be formatted
         return ""
 
 
-def aligned(lines: list[list[str]]) -> str:
-    """Columns side by side, the first to the left, the others to the right; those without a figure are left out."""
-    kept = [i for i in range(len(lines[0])) if any(line[i] for line in lines[1:])]
-    widths = {i: max(len(line[i]) for line in lines) for i in kept}
+def align_columns(lines: list[list[str]]) -> str:
+    """The lines as columns, the first aligned left and the others right; columns without a figure are omitted."""
+    columns = [i for i in range(len(lines[0])) if any(line[i] for line in lines[1:])]
+    widths = {i: max(len(line[i]) for line in lines) for i in columns}
     return "\n".join(
-        "  ".join(line[i].rjust(widths[i]) if i else line[i].ljust(widths[i]) for i in kept) for line in lines
+        "  ".join(line[i].rjust(widths[i]) if i else line[i].ljust(widths[i]) for i in columns) for line in lines
     )

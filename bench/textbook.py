@@ -1,6 +1,6 @@
-"""The plain training loop that distgpt's speed is measured against: what a textbook would write.
+"""The training loop of a textbook, as a baseline for distgpt's speed.
 
-Separate q, k, v; explicit softmax attention; fp32; whole logits; default AdamW; loss.item() every step.
+Separate q, k, v; explicit softmax attention; fp32; all logits at once; default AdamW; loss.item() every step.
 One process, or torchrun with DDP. `python -m bench.speed` prepares its folder and starts it.
 """
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.contest import BETAS, GRAD_CLIP, LEARNING_RATE, VOCAB, Clock, micro_batches, read_task, renamed
+from bench.contest import BETAS, GRAD_CLIP, LEARNING_RATE, VOCAB, StepTimer, micro_batches, read_task, rename_weights
 
 NAMES = {
     "token_embedding": "tokens",
@@ -24,7 +24,7 @@ NAMES = {
     "mlp_down": "down",
     "final_norm": "ln",
 }
-"""Parts of distgpt's names, and what they are called here."""
+"""Parts of distgpt's parameter names, and their names here."""
 
 
 class Block(nn.Module):
@@ -72,9 +72,9 @@ class Textbook(nn.Module):
 
 
 def initial_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """distgpt's weights under this model's names, with q, k and v apart."""
+    """distgpt's weights under this model's names, with q, k and v separated."""
     result: dict[str, Tensor] = {}
-    for name, values in renamed(weights, NAMES).items():
+    for name, values in rename_weights(weights, NAMES).items():
         if ".qkv." in name:
             result |= {name.replace("qkv", part): third for part, third in zip("qkv", values.chunk(3), strict=True)}
         else:
@@ -89,24 +89,24 @@ def main() -> None:
     model: nn.Module = Textbook(shape.layers, shape.heads, shape.width, shape.positions)
     model.load_state_dict(initial_weights(task.initial_weights()))
     model.to(device)
-    if task.ranks > 1:
+    if task.world_size > 1:
         torch.distributed.init_process_group("gloo" if device.type == "cpu" else "nccl")
         model = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS)
-    clock = Clock(task)
+    timer = StepTimer(task)
     for step, batch in enumerate(task.batches()[: task.steps], 1):
         optimizer.zero_grad()
-        value = 0.0
+        total_loss = 0.0
         for ids, targets in micro_batches(task, batch):
             logits = model(ids)
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten()) / task.accumulate
             loss.backward()  # type: ignore[no-untyped-call]
-            value += loss.item()
+            total_loss += loss.item()
         nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
         optimizer.step()
-        if clock.due(step):
-            clock.done(step, value)
-    if task.ranks > 1:
+        if timer.is_due(step):
+            timer.log(step, total_loss)
+    if task.world_size > 1:
         torch.distributed.destroy_process_group()
 
 

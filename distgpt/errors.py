@@ -1,7 +1,7 @@
-"""What ends a command early: the errors a user can cause, their exit codes, and one line instead of a traceback.
+"""Errors that a user can cause or fix, their exit codes, and how commands report them: one line per problem.
 
-Exit codes: 0 done, 1 a bug of ours, 2 config, 3 data, 4 checkpoint, 5 numerics, 6 environment, 93 crashes without end,
-130 interrupted; `supervise` adds 75 stopped and saved, 76 another process lost.
+Exit codes: 0 done, 1 a bug in distgpt, 2 config, 3 data, 4 checkpoint, 5 numerics, 6 environment, 93 crash loop,
+130 interrupted. `resilience.watchdog` adds 75 (stopped, everything saved) and 76 (another process was lost).
 """
 
 from __future__ import annotations
@@ -10,39 +10,23 @@ import argparse
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
+
+TRACKER_THREAD = "tracker-"
+"""Prefix of the names of the threads on which experiment trackers run."""
 
 
 class UserError(Exception):
-    """Something a user can mend. Its text is one line a problem: what was found, what is allowed, what to do."""
+    """An error that the user can fix. Each line of its text says what was found, what is allowed and what to do."""
 
     exit_code = 1
 
-    def __init__(self, text: str, everywhere: bool = False) -> None:
+    def __init__(self, text: str, on_all_ranks: bool = False) -> None:
         super().__init__(text)
-        self.everywhere = everywhere
-        """Whether every rank raises it alike, so that one voice a machine is enough."""
-
-
-class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are reported like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise ConfigError."""
-        raise ConfigError(f"command line: {one_line(message)}; --help shows what is expected", everywhere=True)
-
-
-def file_name(text: str) -> str:
-    """A path from the command line, for `type=` of an argument; refuses what could not be named in one line."""
-    if not text or "\n" in text:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a path on one line; give another or rename it")
-    return text
-
-
-def one_line(text: str) -> str:
-    """The text with what would break or repaint a line written out, such as \\n."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        self.on_all_ranks = on_all_ranks
+        """Whether every rank raises it identically, so that one report per machine is enough."""
 
 
 class ConfigError(UserError):
@@ -52,7 +36,7 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """Token files or texts that cannot be trained on or scored."""
+    """Token files or texts that cannot be trained on or evaluated."""
 
     exit_code = 3
 
@@ -64,88 +48,134 @@ class CheckpointError(UserError):
 
 
 class NumericsError(UserError):
-    """A loss or gradient that is no longer a number."""
+    """A loss or gradient that is not finite."""
 
     exit_code = 5
 
 
-class MachineError(UserError):
+class RuntimeEnvironmentError(UserError):
     """A machine, folder, library or network that lacks what the command needs."""
 
     exit_code = 6
 
 
 class CrashLoopError(UserError):
-    """A run that has crashed at the same step too often to be started again by itself."""
+    """A run that has crashed at the same step too often to be restarted automatically."""
 
     exit_code = 93
 
 
-def run_command(main: Callable[[Sequence[str]], int | None]) -> int:
-    """Run a command's `main` on the process's arguments; turn errors into their lines and return the exit code.
+class ArgumentParser(argparse.ArgumentParser):
+    """A command line whose errors are reported like all others."""
 
-    `--debug` anywhere in the arguments shows the traceback too. What every rank finds, the first of each machine says.
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError."""
+        raise ConfigError(f"command line: {one_line(message)}; --help shows what is expected", on_all_ranks=True)
+
+
+def path_argument(text: str) -> str:
+    """A path from the command line, for `type=` of an argument. Refuses paths that an error line could not show."""
+    if not text or "\n" in text:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a path on one line; give another or rename it")
+    return text
+
+
+def one_line(text: str) -> str:
+    """The text with every character that is not printable escaped, such as \\n."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def pluralize(n: int, noun: str) -> str:
+    """`1 rank`, `4 ranks`."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+def run_command(main: Callable[[Sequence[str]], int | None]) -> int:
+    """Run a command's `main` on the process's arguments, print its errors as lines and return the exit code.
+
+    `--debug` anywhere in the arguments shows tracebacks. An error that is the same on all ranks is printed once per
+    machine.
     """
     arguments = [os.fsencode(argument).decode("utf-8", "surrogateescape") for argument in sys.argv[1:]]
     debug = "--debug" in arguments
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it was closed
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None if it was closed
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # whatever the locale, printing is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):  # printing must not fail, whatever the locale
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         return main([argument for argument in arguments if argument != "--debug"]) or 0
-    except BrokenPipeError:
-        sys.stdout = None  # the reader has gone (`| head`): nothing to flush
+    except SystemExit as request:  # argparse, after --help
+        return request.code if isinstance(request.code, int) else 0
+    except BrokenPipeError:  # the reader of the output has exited, as in `| head`
+        _discard_output(sys.stdout)
         return 0
     except Exception as error:
-        found = None if debug else diagnose(error)
-        if found is None:
+        explained = None if debug else explain_error(error)
+        if explained is None:
             raise
-        code, text = found
-        first = speaks_first()
-        if first or not getattr(error, "everywhere", False):
-            rank = "" if first else f"rank {os.environ.get('RANK', '?')}: "
+        code, text = explained
+        if is_local_rank0() or not getattr(error, "on_all_ranks", False):
+            rank = "" if is_local_rank0() else f"rank {os.environ.get('RANK', '?')}: "
             print("\n".join(f"distgpt: error: {rank}{one_line(line)}" for line in text.split("\n")), file=sys.stderr)
         return code
     except KeyboardInterrupt:
-        if speaks_first():
-            print("distgpt: interrupted; a training run goes on from its last checkpoint", file=sys.stderr)
+        if is_local_rank0():
+            print("distgpt: interrupted; the same command resumes a run from its last checkpoint", file=sys.stderr)
         return 130
 
 
-def speaks_first() -> bool:
-    """Whether this process speaks for its machine: all do but those that torchrun started after the first."""
+def is_local_rank0() -> bool:
+    """Whether this process reports for its machine: all do except ranks that torchrun started after the first."""
     local_rank = os.environ.get("LOCAL_RANK", "0")
     started_by_torchrun = {"RANK", "WORLD_SIZE"} <= os.environ.keys() and local_rank.isdecimal()
     return not started_by_torchrun or int(local_rank) == 0
 
 
-def diagnose(error: BaseException) -> tuple[int, str] | None:
-    """Exit code and text, a line a problem, of an error that is no bug of ours; None for one that is."""
+def explain_error(error: BaseException) -> tuple[int, str] | None:
+    """Exit code and text (one line per problem) of an error that a user can fix; None for a bug in distgpt."""
     if isinstance(error, UserError):
         return error.exit_code, str(error)
     if isinstance(error, OSError) and error.strerror is not None:
-        text = f"{failure(error)}; mend that and run the same command again"
-        return MachineError.exit_code, one_line(text)
-    lacking = ("can't allocate memory", "out of memory", "Cannot allocate memory")  # torch's are RuntimeErrors
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in str(error) for t in lacking)):
+        text = f"{short_reason(error)}; fix this and run the same command again"
+        return RuntimeEnvironmentError.exit_code, one_line(text)
+    oom_markers = ("can't allocate memory", "out of memory", "Cannot allocate memory")  # torch raises RuntimeErrors
+    out_of_memory = isinstance(error, RuntimeError) and any(marker in str(error) for marker in oom_markers)
+    if isinstance(error, MemoryError) or out_of_memory:
         reason = (str(error).splitlines() or ["out of memory"])[0]
-        return MachineError.exit_code, f"{reason}; lower batch_size (the result stays the same) or the model"
+        text = f"{reason}; lower batch_size (the result stays the same) or the size of the model"
+        return RuntimeEnvironmentError.exit_code, text
     return None
 
 
-def failure(error: BaseException) -> str:
+def short_reason(error: BaseException) -> str:
     """What went wrong, and where, in a few words."""
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def leave(code: int | None) -> None:
-    """End this process now. A gloo thread that wakes while Python finalises would abort it (pytorch #190489)."""
+def exit_process(code: int | None) -> NoReturn:
+    """End this process with an exit code, whatever becomes of its last output.
+
+    A rank of a multi-process run ends without Python's finalization: a gloo thread that wakes during it would abort
+    the process (pytorch #190489). So does a process whose tracker is still busy: wandb's exit hook would wait for it.
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
-        except (AttributeError, OSError, ValueError):
-            pass
-    os._exit(code or 0)
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):  # a full disk, or a reader that has exited
+            _discard_output(stream)
+    if "RANK" in os.environ or any(thread.name.startswith(TRACKER_THREAD) for thread in threading.enumerate()):
+        os._exit(code or 0)
+    sys.exit(code or 0)
+
+
+def _discard_output(stream: TextIO) -> None:
+    """Send what a stream still holds to /dev/null, so that Python's own flush at exit cannot fail."""
+    try:
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, stream.fileno())
+        os.close(devnull)
+    except (OSError, ValueError):  # not a file, or closed: nothing is flushed at exit
+        pass

@@ -1,4 +1,4 @@
-"""Loss and perplexity on held-out tokens, every rank sharing the work.
+"""How well a model predicts held-out tokens; all ranks share the work.
 
 `python -m distgpt.evaluate outputs/GPT-tiny [--data FILE]` scores a trained model on any token file or text.
 """
@@ -7,116 +7,157 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from distgpt import trained
-from distgpt import world as worlds
-from distgpt.config import Config
-from distgpt.corpus import open_corpus
-from distgpt.data import held_out_batches
-from distgpt.errors import DataError, Parser, file_name, leave, run_command
-from distgpt.loss import IGNORED
-from distgpt.metrics import Score
-from distgpt.model import DecoderLM
-from distgpt.parallel import Execution, decide_precision, parallelize
-from distgpt.shards import TokenArray, open_tokens, smallest_dtype
-from distgpt.tokenizer import Tokenizer
-from distgpt.world import World
+from distgpt.checkpoint.weights import load_model, read_run
+from distgpt.config.schema import Config
+from distgpt.data.dataloader import validation_batches
+from distgpt.data.dataset import open_dataset
+from distgpt.data.token_files import TokenArray, find_format, open_token_file, smallest_dtype
+from distgpt.data.tokenizer import Tokenizer
+from distgpt.distributed.context import DistributedContext, init_distributed
+from distgpt.distributed.parallelize import parallelize
+from distgpt.distributed.runtime import RuntimeConfig, resolve_precision
+from distgpt.errors import ArgumentParser, DataError, exit_process, path_argument, run_command
+from distgpt.models.cross_entropy import IGNORE_INDEX
+from distgpt.models.gpt2 import DecoderLM
+from distgpt.training.metrics import EvalResult
+
+
+@dataclass(frozen=True)
+class EvalInputs:
+    """What an evaluation works on."""
+
+    model: DecoderLM
+    tokens: TokenArray
+    """The held-out stream."""
+    tokenizer: Tokenizer
+    seq_len: int
+    batch_size: int
+    runtime: RuntimeConfig
+    context: DistributedContext
+    max_tokens: int | None = None
+    """Only this many targets, the first, are scored; None: all."""
+    after_batch: Callable[[], None] = lambda: None
+    """Called after each batch, equally often on every rank."""
 
 
 @torch.no_grad()
-def evaluate(
-    model: DecoderLM,
-    tokens: TokenArray,
-    tokenizer: Tokenizer,
-    seq_len: int,
-    batch_size: int,
-    world: World,
-    progress: Callable[[], None] = lambda: None,
-    max_tokens: int | None = None,
-) -> Score:
-    """Score `model` on each target of a stream once, in windows of `seq_len`. Every rank calls and gets the total.
-
-    `progress` is called after each batch, equally often on every rank.
-    """
-    training = model.training
+def evaluate(inputs: EvalInputs) -> EvalResult:
+    """Score each target of the stream once, in windows of `seq_len`. Every rank calls and gets the total."""
+    model, context = inputs.model, inputs.context
+    was_training = model.training
     model.eval()
-    sizes_V = torch.from_numpy(tokenizer.bytes_per_token())
+    bytes_per_token_V = torch.from_numpy(inputs.tokenizer.bytes_per_token())
     loss_sum = torch.zeros((), dtype=torch.float64)
-    counts = torch.zeros(2, dtype=torch.int64)
-    share = world.rank, world.size, max_tokens, model.end_of_text
-    batches = held_out_batches(tokens, tokenizer.n_vocab, seq_len, batch_size, *share)
+    counts = torch.zeros(2, dtype=torch.int64)  # targets, and the bytes of text that they encode
+    batches = validation_batches(
+        inputs.tokens,
+        inputs.tokenizer.n_vocab,
+        inputs.seq_len,
+        inputs.batch_size,
+        context.dp_rank,
+        context.dp_size,
+        inputs.max_tokens,
+        model.end_of_text,
+    )
     for batch in batches:
-        on_device = batch.to(world.device)
-        loss_sum += model(on_device.ids_BT, targets_BT=on_device.targets_BT, documents=on_device.documents).item()
-        real = batch.targets_BT[batch.targets_BT != IGNORED]
-        counts += torch.stack([torch.tensor(real.numel()), sizes_V[real].sum()])
-        progress()
-    model.train(training)
-    targets, text_bytes = world.sum(counts).tolist()
-    return Score(float(world.sum(loss_sum)) / targets, targets, text_bytes)
+        on_device = batch.to(context.device)
+        with inputs.runtime.autocast():
+            loss = model(on_device.ids_BT, targets=on_device.targets_BT, documents=on_device.documents)
+        loss_sum += loss.item()
+        targets = batch.targets_BT[batch.targets_BT != IGNORE_INDEX]
+        counts += torch.stack([torch.tensor(targets.numel()), bytes_per_token_V[targets].sum()])
+        inputs.after_batch()
+    model.train(was_training)
+    num_targets, num_bytes = context.all_reduce_sum(counts).tolist()
+    return EvalResult(float(context.all_reduce_sum(loss_sum)) / num_targets, num_targets, num_bytes)
 
 
-def open_held_out(source: str | None, config: Config, tokenizer: Tokenizer) -> tuple[TokenArray, str]:
+def _validation(inputs: EvalInputs) -> Mapping[str, float]:
+    """Loss and perplexity on validation tokens."""
+    return evaluate(inputs).numbers()
+
+
+EVALUATIONS: dict[str, Callable[[EvalInputs], Mapping[str, float]]] = {"validation": _validation}
+"""What is evaluated every `eval.every` steps of training. Each entry is a function that every rank calls and that
+returns named numbers, the same on every rank; they are logged under these names."""
+
+
+def run_evaluations(inputs: EvalInputs) -> dict[str, float]:
+    """The numbers of all EVALUATIONS. Every rank calls."""
+    numbers: dict[str, float] = {}
+    for evaluation in EVALUATIONS.values():
+        numbers |= evaluation(inputs)
+    return numbers
+
+
+def _open_held_out(source: str | None, config: Config, tokenizer: Tokenizer) -> tuple[TokenArray, str]:
     """The tokens to score and their name: a token file's `val` (or first array), a text, or by default the run's."""
     if source is None:
-        tokens = open_corpus(config, tokenizer)
-        return tokens.val, f"{tokens.path} (val)"
+        dataset = open_dataset(config, tokenizer, for_training=False)
+        return dataset.val, f"{dataset.path} (val)"
     path = Path(source)
     try:
-        if path.exists() and not path.is_file():
-            raise DataError(f"{path}: got a folder or device, expected a token file or a text file; name one")
-        with path.open("rb") as file:
-            is_tokens = file.read(6).startswith((b"PK", b"\x93NUMPY"))
-        if is_tokens:
-            arrays = open_tokens(path)
-            name = "val" if "val" in arrays else next(iter(arrays), "val")
-            if name not in arrays:
-                raise DataError(f"{path}: holds no arrays, expected val; make it with numpy.savez")
-            held_out = arrays[name]
-        else:
-            ids = tokenizer.encode(path.read_text(encoding="utf-8"))
-            with tempfile.NamedTemporaryFile(suffix=".npy") as file:
-                np.save(file, np.array(ids, dtype=smallest_dtype(tokenizer.n_vocab)))
-                file.flush()
-                held_out = open_tokens(file.name)["tokens"]
-            name = "text"
+        tokens, name = _open_tokens_or_text(path, tokenizer)
     except OSError as error:
         raise DataError(f"{path}: cannot read: {error.strerror}; give a token file or a text file") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: neither a token file nor UTF-8 text (byte {error.start}); give one of them") from None
-    if len(held_out) < 2:
-        raise DataError(f"{path}: {name} has {len(held_out)} tokens, expected at least 2; give a longer one")
-    held_out.verify()
-    return held_out, f"{path} ({name})"
+    if len(tokens) < 2:
+        raise DataError(f"{path}: {name} has {len(tokens)} tokens, expected at least 2; give a longer one")
+    tokens.check_crc()
+    return tokens, f"{path} ({name})"
+
+
+def _open_tokens_or_text(path: Path, tokenizer: Tokenizer) -> tuple[TokenArray, str]:
+    """The tokens in a file, or of the text in it, and what to call them."""
+    is_token_file = find_format(path) is not None
+    if not is_token_file and path.exists() and not path.is_file():
+        raise DataError(f"{path}: got a folder or device, expected a token file or a text file; name one")
+    if is_token_file:
+        arrays = open_token_file(path)
+        name = "val" if "val" in arrays else next(iter(arrays), "val")
+        if name not in arrays:
+            raise DataError(f"{path}: holds no arrays, expected val; create it with numpy.savez")
+        return arrays[name], name
+    ids = tokenizer.encode(path.read_text(encoding="utf-8"))
+    with tempfile.NamedTemporaryFile(suffix=".npy") as temporary:  # stays open, so readable, once its name is deleted
+        np.save(temporary, np.array(ids, dtype=smallest_dtype(tokenizer.n_vocab)))
+        temporary.flush()
+        return open_token_file(temporary.name)["tokens"], "text"
 
 
 def main(arguments: Sequence[str]) -> None:
     """Score a trained model on held-out tokens or text."""
-    parser = Parser(prog="python -m distgpt.evaluate", description=main.__doc__)
+    parser = ArgumentParser(prog="python -m distgpt.evaluate", description=main.__doc__)
     parser.add_argument(
         "run",
-        type=file_name,
+        type=path_argument,
         metavar="RUN",
         help="a finished run, such as outputs/GPT-tiny, or a checkpoint",
     )
-    text = ".npz, .npy or text file (default: the run's validation tokens)"
-    parser.add_argument("--data", type=file_name, metavar="FILE", help=text)
+    data_help = "token file (.npz, .npy or .bin) or text file (default: the run's validation tokens)"
+    parser.add_argument("--data", type=path_argument, metavar="FILE", help=data_help)
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps (default: the run's)")
     options = parser.parse_args(arguments)
-    model, tokenizer, config = trained.load(Path(options.run))
-    world = worlds.start(options.device or config.device)
-    held_out, name = world.first_rank_first(lambda: open_held_out(options.data, config, tokenizer))
-    parallelize(model, world, Execution(decide_precision(config, world), False, world.device.type))
-    score = evaluate(model, held_out, tokenizer, config.seq_len, config.batch_size, world)
-    if world.is_first:
-        print(json.dumps({"data": name} | score.results(), indent=2))
-    world.close()
+    path = Path(options.run)
+    config, tokenizer = read_run(path)
+    context = init_distributed(options.device or config.device)
+    runtime = RuntimeConfig(resolve_precision(config, context), compile=False, device=context.device.type)
+    model, _, _ = load_model(path, runtime.kernels(config))
+    tokens, name = context.rank0_first(lambda: _open_held_out(options.data, config, tokenizer))
+    parallelize(model, context, runtime)
+    result = evaluate(EvalInputs(model, tokens, tokenizer, config.seq_len, config.batch_size, runtime, context))
+    if context.is_rank0:
+        print(json.dumps({"data": name} | result.results(), indent=2))
+    context.close()
 
 
 if __name__ == "__main__":
-    leave(run_command(main))
+    exit_process(run_command(main))

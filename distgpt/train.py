@@ -1,378 +1,350 @@
-"""The run, top to bottom: check, build, resume, loop, close.
+"""A training run, top to bottom: set up, resume, loop, finish.
 
 `torchrun --nproc_per_node=4 -m distgpt.train configs/GPT-tiny.yaml [key=value ...] [--fresh]`, or without torchrun
-`python -m distgpt.train ...` for one process.
+`python -m distgpt.train ...` for a single process.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import secrets
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distgpt import supervise
+from distgpt.resilience.signals import install_signal_handlers
 
 if __name__ == "__main__":
-    supervise.listen()  # before torch, which takes seconds to load
+    install_signal_handlers()  # before torch, which takes seconds to load
 
-import numpy as np
 import torch
+from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
 
-from distgpt import check, checkpoint, durable, trained
-from distgpt import config as configs
-from distgpt import world as worlds
-from distgpt.check import Start, changes
-from distgpt.checkpoint import Checkpoint
-from distgpt.config import Config
-from distgpt.corpus import ORDER_VERSION, window_count
-from distgpt.data import ShuffledReader
-from distgpt.errors import NumericsError, file_name, leave, run_command
-from distgpt.evaluate import evaluate
-from distgpt.metrics import RECORD, Log, Score, device_name, open_log, peak_tflops
-from distgpt.model import DecoderLM
-from distgpt.optim import build_optimizer, learning_rate, set_learning_rate
-from distgpt.parallel import Execution, Running, Weights, decide, parallelize
-from distgpt.plan import BatchPlan, Layout, count
-from distgpt.profile import profiled
-from distgpt.saver import Saver, restore
-from distgpt.step import seed_dropout, train_step, warm_up
-from distgpt.supervise import Stopped, Supervisor
-from distgpt.tokenizer import Tokenizer
-from distgpt.world import World
+from distgpt import atomic_io
+from distgpt.checkpoint import store
+from distgpt.checkpoint.saver import Saver, restore
+from distgpt.checkpoint.store import Checkpoint
+from distgpt.checkpoint.weights import TOKENIZER_DIR, WEIGHTS_FILE, build_model, iter_weights, save_weights
+from distgpt.config.help import config_parser
+from distgpt.config.loader import config_to_yaml, load_config
+from distgpt.config.schema import Config
+from distgpt.data.dataloader import TrainLoader
+from distgpt.data.dataset import num_windows
+from distgpt.data.sampler import ORDER_VERSION, BatchPlan, Sampler
+from distgpt.data.tokenizer import Tokenizer
+from distgpt.distributed.context import DistributedContext, init_distributed
+from distgpt.distributed.layout import ParallelLayout
+from distgpt.distributed.memory import tune_malloc
+from distgpt.distributed.parallelize import NamedValues, parallelize
+from distgpt.distributed.replica_check import check_replicas
+from distgpt.distributed.runtime import RuntimeConfig, resolve_runtime
+from distgpt.errors import NumericsError, exit_process, path_argument, run_command
+from distgpt.evaluate import EvalInputs, evaluate, run_evaluations
+from distgpt.optim.schedules import learning_rate
+from distgpt.resilience.preflight import RunInputs, changed_keys, find_latest_checkpoint, run_preflight
+from distgpt.resilience.watchdog import StopRequested, Watchdog
+from distgpt.training.metrics import METRICS_FILE, MetricLogger, open_logger, peak_tflops
+from distgpt.training.profiler import StepProfiler
+from distgpt.training.run_header import format_run_header, platform_facts, software_versions
+from distgpt.training.state import ModelState, OptimizerState, Progress, RunFacts, TrainState
+from distgpt.training.step import StepSettings, seed_dropout, train_step, warm_up
 
-MOST_SKIPPED = 10
-"""Updates in a row, at a line of the log, that were skipped because their gradient was not finite: the run ends."""
+MAX_SKIPPED_IN_A_ROW = 10
+"""Consecutive updates that may be skipped because their gradient was not finite. Checked when a step is logged."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """Everything that a run consists of, made ready."""
+class TrainingRun:
+    """Everything that the loop works with, set up."""
 
-    model: DecoderLM
-    running: Running
-    """The model as `parallelize` wrapped it: what the step calls."""
+    config: Config
+    context: DistributedContext
+    runtime: RuntimeConfig
+    model: nn.Module
+    """The model as `parallelize` wrapped it, which the step calls."""
     optimizer: torch.optim.Optimizer
-    reader: ShuffledReader
-    log: Log
-    state: dict[str, Any]
-    """What checkpoints keep beside tensors."""
+    loader: TrainLoader
+    eval_inputs: EvalInputs
+    state: TrainState
+    """What checkpoints hold."""
+    saver: Saver
+    logger: MetricLogger
+    watchdog: Watchdog
     first_step: int
+    """Updates made before this process started."""
+
+    def evaluate(self, step: int) -> None:
+        """Run the evaluations on the first `eval.max_tokens` validation tokens. Every rank calls."""
+        inputs = dataclasses.replace(self.eval_inputs, max_tokens=self.config.eval.max_tokens)
+        numbers = run_evaluations(inputs)
+        self.logger.log_evaluation(step, numbers)
+        self.state.progress.val_loss = numbers["val-loss"]
+
+    def save_checkpoint(self, step: int) -> None:
+        """Compare the replicas, then save in the background. Every rank calls."""
+        check_replicas(self.model, self.runtime.layout.shard_size, step, self.context)
+        metrics_file = Path(self.config.output_dir) / METRICS_FILE
+        self.logger.log_checkpoint_wait(step, self.saver.save(step, self.state, metrics_file))
 
 
-def train(config: Config, fresh: bool, source: Path | None, world: World, supervisor: Supervisor) -> int:
-    """Train until `num_training_steps`, from the newest checkpoint in `output_dir` if any. Every rank calls.
+def train(config: Config, fresh: bool, source: Path | None, context: DistributedContext, watchdog: Watchdog) -> int:
+    """Train until `num_training_steps`, resuming from the latest checkpoint in `output_dir`. Every rank calls.
 
-    A new run begins with the weights of the finished run or checkpoint `source`, if given, else with initial ones.
-    Returns the exit code: 0, or that of a run that was told to stop.
+    A new run starts with the weights of the finished run or checkpoint `source`, if given, else with initial ones.
+    Returns the exit code: 0, or that of a run that was asked to stop.
     """
     output_dir = Path(config.output_dir)
-    seen = world.by_first(lambda: names(output_dir))
-    start = find_start(config, fresh, source, world)
-    if start.results is None and world.by_first(lambda: supervisor.take_lock() or names(output_dir) != seen):
-        start = find_start(config, fresh, source, world)  # another run had the folder until now, and has gone on
-    world.check_same({"tokens": start.tokens.fingerprint})
-    supervisor.step = start.resume.step if start.resume else 0
-    if start.results is not None:
-        show_results(config, start.results, world)
-        supervisor.status("finished", code=0)
+    outputs = context.run_on_rank0(lambda: _list_outputs(output_dir))
+    inputs = _resolve_inputs(config, fresh, source, context)
+    if inputs.results is None and context.run_on_rank0(
+        lambda: watchdog.acquire_lock() or _list_outputs(output_dir) != outputs
+    ):
+        inputs = _resolve_inputs(config, fresh, source, context)  # another run had the folder until now
+    context.assert_same_on_ranks({"tokens": inputs.dataset.fingerprint})
+    watchdog.step = inputs.resume.step if inputs.resume else 0
+    if inputs.results is not None:
+        _show_results(config, inputs.results, context)
+        watchdog.write_status("finished", code=0)
         return 0
     try:
-        with Saver(output_dir, config.checkpoint.keep, supervisor.step, world) as saver:
-            run = build(config, start, world, supervisor)
-            score = partial(
-                evaluate, run.model, start.tokens.val, start.tokenizer, config.seq_len, config.batch_size, world
-            )
+        with Saver(output_dir, config.checkpoint.keep, watchdog.step, context) as saver:
+            run = set_up(config, inputs, context, saver, watchdog)
             try:
-                loop(config, run, score, saver, world, supervisor)
-                finish(config, start, run, score, saver, world, supervisor)
-            except Stopped:
-                run.log.close()
+                run_loop(run)
+                finish(run)
+            except StopRequested:
+                run.logger.close()
                 raise
-    except Stopped as reason:
-        return supervisor.stopped(str(reason))
-    supervisor.status("finished", code=0)
+    except StopRequested as request:
+        return watchdog.report_stopped(str(request))
+    watchdog.write_status("finished", code=0)
     return 0
 
 
-def names(output_dir: Path) -> list[str]:
-    """The checkpoints and results of a folder, by name."""
-    return sorted(path.name for pattern in ("checkpoints/step-*", "eval.json") for path in output_dir.glob(pattern))
+def set_up(
+    config: Config, inputs: RunInputs, context: DistributedContext, saver: Saver, watchdog: Watchdog
+) -> TrainingRun:
+    """Build the run, restore its checkpoint if there is one, print the run header, and compile. Every rank calls."""
+    resume, tokenizer, output_dir = inputs.resume, inputs.tokenizer, Path(config.output_dir)
+    first_step = resume.step if resume else 0
+    runtime = resolve_runtime(config, tokenizer.n_vocab, context, _previous_runtime(config, resume))
+    context = context.with_mesh(runtime.layout.shard_size)
+    plan = BatchPlan.from_config(config, context.dp_size)
+    watchdog.write_status("running")
+
+    base_model = build_model(config, tokenizer, runtime.kernels(config))
+    weights: NamedValues | None = None
+    if resume:
+        weights = ()  # the checkpoint's are restored below
+    elif inputs.source:
+        weights = iter_weights(inputs.source, base_model)
+    model = parallelize(base_model, context, runtime, weights)
+    optimizer = config.optimizer.build(base_model)
+    facts = _run_facts(config, inputs, runtime, context)
+    progress = Progress.start(context.device)
+    state = TrainState(ModelState(model), OptimizerState(model, optimizer), facts, progress)
+    if context.is_rank0:
+        _prepare_output_dir(output_dir, config, tokenizer, is_new=resume is None)
+    if resume:
+        restore(resume, state, context)
+
+    logger = open_logger(
+        context,
+        config=config,
+        first_step=first_step,
+        validated=progress.val_loss is not None,
+        flops_per_token=config.model_config.flops_per_token(tokenizer.n_vocab, config.seq_len),
+        peak_tflops=peak_tflops(context.device, runtime.precision),
+        run_id=facts.wandb_run_id,
+    )
+    logger.print(format_run_header(config, inputs, runtime, plan, context))
+    windows = num_windows(len(inputs.dataset.train), config.seq_len)
+    sampler = Sampler(windows, config.seed, plan, context.dp_rank)
+    loader = TrainLoader(
+        inputs.dataset.train, tokenizer.n_vocab, config.seq_len, sampler, end_of_text=base_model.end_of_text
+    )
+    eval_inputs = EvalInputs(
+        base_model,
+        inputs.dataset.val,
+        tokenizer,
+        config.seq_len,
+        config.batch_size,
+        runtime,
+        context,
+        after_batch=lambda: watchdog.raise_if_stop_requested(watchdog.step),
+    )
+    if runtime.compile:
+        logger.print("compiling: up to half a minute the first time")
+    warm_up(model, [batch.to(context.device) for batch in loader.micro_batches(first_step)], runtime)
+    logger.log_memory(first_step, context.all_gather_object(context.peak_bytes))
+    if runtime.kernels(config).cross_entropy != "full":  # all logits at once would use several times the memory
+        tune_malloc()
+    return TrainingRun(
+        config, context, runtime, model, optimizer, loader, eval_inputs, state, saver, logger, watchdog, first_step
+    )
 
 
-def find_start(config: Config, fresh: bool, source: Path | None, world: World) -> Start:
-    """Check all that the run needs; rank 0 chooses the checkpoint, having hashed it, for all. Every rank calls."""
-
-    def newest() -> Any:
-        found, rejected = check.newest(config, fresh)
-        return [found and [str(found.path), found.step, found.state], rejected]
-
-    chosen, rejected = world.by_first(newest)
-    found = Checkpoint(Path(chosen[0]), *chosen[1:]) if chosen else None
-    return world.first_rank_first(lambda: check.check(config, fresh, source, (found, rejected)))
-
-
-def loop(
-    config: Config, run: Run, score: Callable[..., Score], saver: Saver, world: World, supervisor: Supervisor
-) -> None:
-    """Update, log, validate and save until the last step. Raises Stopped, after saving, if told to stop."""
-    step, last_step, grad_clip = run.first_step, config.num_training_steps, config.optimizer.grad_clip
-    schedule = (config.num_warmup_steps, last_step, config.min_lr, config.max_lr)
-    skipped = torch.tensor(run.state["skipped"], device=world.device)
-    val_loss, record = run.state["val_loss"], Path(config.output_dir) / RECORD
-
-    def validate() -> float:
-        found = score(partial(supervisor.obey, step), config.eval.max_tokens)
-        run.log.evaluation(step, found)
-        return found.loss
-
-    def save() -> None:
-        run.running.check_replicas(step, world)
-        state = run.state | {"skipped": skipped.tolist(), "val_loss": val_loss}
-        run.log.saving(step, saver.save(step, run.model, run.optimizer, state, record))
-
+def run_loop(run: TrainingRun) -> None:
+    """Update, log, evaluate and save until the last step. Raises StopRequested, after saving, if asked to stop."""
+    config, context, logger, progress = run.config, run.context, run.logger, run.state.progress
+    step, last_step = run.first_step, config.num_training_steps
+    settings = StepSettings(config.tokens_per_step, config.optimizer.grad_clip, context.dp_size, run.runtime)
+    batches = run.loader.iterate(step, last_step, context.device)
+    output_dir = Path(config.output_dir)
     try:
-        supervisor.begin(step)
-        if 0 < step < last_step and due(step, config.eval.every) and val_loss is None:  # it was interrupted
-            val_loss = validate()
-        stream = run.reader.steps(run.first_step, last_step, world.device)
-        stream = profiled(stream, run.first_step + 1, config.profile.steps, record.parent, world, run.log.say)
-        for step, batches in enumerate(stream, run.first_step + 1):
-            rate, val_loss = learning_rate(step - 1, *schedule), None
-            set_learning_rate(run.optimizer, rate)
-            seed_dropout(config.seed, step, world.rank)
-            result = train_step(run.running, run.optimizer, batches, config.tokens_per_step, grad_clip, world)
-            skipped = (skipped + result.skipped) * torch.stack([torch.ones_like(result.skipped), result.skipped])
-            run.log.step_done(step)
-            if due(step, config.log_every, last_step):
-                loss = float(world.sum(result.loss_sum)) / config.tokens_per_step
-                in_all, in_a_row = map(int, skipped.tolist())
-                check_numbers(run.reader, step, loss, in_a_row)
-                run.log.step(step, loss, rate, float(result.grad_norm), in_all)
-            for news in saver.report():
-                run.log.say(news)
-            if due(step, config.eval.every) and step < last_step:
-                val_loss = validate()
-            if due(step, config.checkpoint.every, last_step):
-                save()
-            elif due(step, config.parallel.compare_every):
-                run.running.check_replicas(step, world)
-            supervisor.obey(step)
-    except Stopped:
-        if saver.step < step:
-            save()
+        run.watchdog.start_training(step)
+        if 0 < step < last_step and step % config.eval.every == 0 and progress.val_loss is None:
+            run.evaluate(step)  # it was interrupted
+        with StepProfiler(config.profile.steps, step, output_dir, context, logger.print, last_step) as profiler:
+            while step < last_step:
+                lr = learning_rate(step, config.schedule)
+                for group in run.optimizer.param_groups:
+                    group["lr"] = lr
+                step += 1
+                seed_dropout(config.seed, step, context.rank)
+                result = train_step(run.model, run.optimizer, next(batches), settings)
+                progress.count_update(result.skipped)
+                logger.step_done(step)
+
+                if step % config.log_every == 0 or step == last_step:
+                    loss = float(context.all_reduce_sum(result.loss_sum)) / config.tokens_per_step
+                    skipped, skipped_in_a_row = map(int, progress.skipped.tolist())
+                    _check_finite(run.loader.sampler, step, loss, skipped_in_a_row)
+                    logger.log_step(step, loss, lr, float(result.grad_norm), skipped)
+                for warning in run.saver.drain_warnings():
+                    logger.print(warning)
+
+                if step % config.eval.every == 0 and step < last_step:
+                    run.evaluate(step)
+                if step % config.checkpoint.every == 0 or step == last_step:
+                    run.save_checkpoint(step)
+                elif step % config.parallel.replica_check_every == 0:
+                    check_replicas(run.model, run.runtime.layout.shard_size, step, context)
+                profiler.step_done()
+                run.watchdog.raise_if_stop_requested(step)
+    except StopRequested:
+        if run.saver.step < step:
+            run.save_checkpoint(step)
         raise
 
 
-def finish(
-    config: Config,
-    start: Start,
-    run: Run,
-    score: Callable[..., Score],
-    saver: Saver,
-    world: World,
-    supervisor: Supervisor,
-) -> None:
-    """Score the model on all validation tokens and write what using it needs. Every rank calls."""
-    last_step, output_dir = config.num_training_steps, Path(config.output_dir)
-    run.log.memory(last_step, world.gather(world.peak_bytes))
-    final = score(partial(supervisor.obey, last_step))
-    run.log.evaluation(last_step, final)
-    results = {"step": last_step} | final.results()
-    saver.wait(last=True)
-    trained.save(output_dir, run.model, world)
-    whole = (json.dumps(results, indent=2) + "\n").encode()
-    world.by_first(lambda: durable.replace(output_dir / "eval.json", whole))  # last: with it, the run is finished
-    run.log.say(f"{json.dumps(results)}\nfinished: model.safetensors, eval.json and metrics.jsonl are in {output_dir}")
-    run.log.close()
+def finish(run: TrainingRun) -> None:
+    """Evaluate on all validation tokens, and write the weights and `eval.json`. Every rank calls."""
+    last_step, output_dir = run.config.num_training_steps, Path(run.config.output_dir)
+    run.logger.log_memory(last_step, run.context.all_gather_object(run.context.peak_bytes))
+    result = evaluate(run.eval_inputs)
+    run.logger.log_evaluation(last_step, result.numbers())
+    results = {"step": last_step} | result.results()
+    run.saver.wait(last=True)
+    save_weights(output_dir, run.eval_inputs.model, run.context)
+    content = (json.dumps(results, indent=2) + "\n").encode()
+    # The last file: with it, the run is finished.
+    run.context.run_on_rank0(lambda: atomic_io.write_bytes(output_dir / "eval.json", content))
+    run.logger.print(json.dumps(results))
+    run.logger.print(f"finished: {WEIGHTS_FILE}, eval.json and {METRICS_FILE} are in {output_dir}")
+    run.logger.close()
 
 
-def build(config: Config, start: Start, world: World, supervisor: Supervisor) -> Run:
-    """Build the run, restore its checkpoint if there is one, show what is about to happen, and compile."""
-    n_vocab = start.tokenizer.n_vocab
-    first_step = start.resume.step if start.resume else 0
-    plan = config.batch_plan(world.size)
-    execution = decide(config, n_vocab, world, earlier_execution(start.resume, config))
-    state = run_state(config, start, execution, world)
-    supervisor.status("running")
-    model = trained.build_model(config, start.tokenizer)
-    weights: Weights | None = None if start.source is None else trained.weights(start.source, model)
-    running = parallelize(model, world, execution, () if start.resume else weights)
-    optimizer = build_optimizer(model, config.optimizer)
-    if world.is_first:
-        prepare_output_dir(Path(config.output_dir), config, start.tokenizer, anew=start.resume is None)
-    log = open_log(
-        world,
-        config=config,
-        first_step=first_step,
-        validated=state["val_loss"] is not None,
-        flops_per_token=config.model_config.sizes(n_vocab).flops_per_token(config.seq_len),
-        peak=peak_tflops(world.device, execution.precision),
-        wandb_run_id=state["wandb_run_id"],
-    )
-    log.say(card(config, start, execution, plan, world))
-    if start.resume:
-        restore(start.resume, model, optimizer, world)
-    stream = start.tokens.train, n_vocab, config.seq_len, config.seed
-    reader = ShuffledReader(*stream, plan, world.rank, model.end_of_text)
-    if execution.compile:
-        log.say("compiling: up to half a minute the first time")
-    warm_up(running, [batch.to(world.device) for batch in reader.at(first_step)], world)
-    log.memory(first_step, world.gather(world.peak_bytes))
-    if model.head.tiles is not None:  # whole logits would take up several times as much
-        worlds.keep_freed_memory()
-    return Run(model, running, optimizer, reader, log, state, first_step)
+def _list_outputs(output_dir: Path) -> list[str]:
+    """The names of a folder's checkpoints and results."""
+    return sorted(path.name for pattern in ("checkpoints/step-*", "eval.json") for path in output_dir.glob(pattern))
 
 
-def due(step: int, every: int, last_step: int | None = None) -> bool:
-    """Whether something that happens every so many steps (and after the last, if given) happens after this one."""
-    return step % every == 0 or step == last_step
+def _resolve_inputs(config: Config, fresh: bool, source: Path | None, context: DistributedContext) -> RunInputs:
+    """Check everything that the run needs. Rank 0 chooses and hashes the checkpoint for all. Every rank calls."""
+
+    def find() -> Any:
+        checkpoint, rejected = find_latest_checkpoint(config, fresh)
+        return [checkpoint and [str(checkpoint.path), checkpoint.step, checkpoint.state], rejected]
+
+    fields, rejected = context.run_on_rank0(find)
+    checkpoint = Checkpoint(Path(fields[0]), *fields[1:]) if fields else None
+    return context.rank0_first(lambda: run_preflight(config, fresh, source, (checkpoint, rejected)))
 
 
-def earlier_execution(resume: Checkpoint | None, config: Config) -> Execution | None:
-    """What the run being continued had decided, unless the config now asks for something else."""
+def _previous_runtime(config: Config, resume: Checkpoint | None) -> RuntimeConfig | None:
+    """What the run being resumed had resolved, unless the config now asks for something else."""
     if resume is None:
         return None
-    changed = {key.partition(".")[0] for key in changes(config, resume)}
-    if changed & {"precision", "compile", "parallel", "activation_checkpointing"}:
+    changed_sections = {key.partition(".")[0] for key in changed_keys(config, resume)}
+    if changed_sections & {"precision", "compile", "parallel", "activation_checkpointing"}:
         return None
-    decided = resume.state["execution"]
-    if "layout" not in decided:  # saved before there was a choice
+    saved = resume.state["run"]["runtime"]
+    if "layout" not in saved:  # saved before there was a choice of layouts
         return None
-    return Execution(**decided | {"layout": Layout(**decided["layout"])})
+    return RuntimeConfig(**saved | {"layout": ParallelLayout(**saved["layout"])})
 
 
-def run_state(config: Config, start: Start, execution: Execution, world: World) -> dict[str, Any]:
-    """What a checkpoint keeps beside tensors: with it the same command continues the same run."""
-    earlier = start.resume.state if start.resume else {}
-    return {
-        "config": dataclasses.asdict(config),
-        "execution": dataclasses.asdict(execution),
-        "order_version": ORDER_VERSION,
-        "sequences_per_step": config.sequences_per_step,
-        "platform": platform(world),
-        "skipped": earlier.get("skipped", [0.0, 0.0]),
-        "tokens": start.tokens.fingerprint,
-        "tokenizer": start.tokenizer.fingerprint,
-        "val_loss": earlier.get("val_loss"),
-        "wandb_run_id": earlier.get("wandb_run_id") or secrets.token_hex(4),
-    }
+def _run_facts(config: Config, inputs: RunInputs, runtime: RuntimeConfig, context: DistributedContext) -> RunFacts:
+    """What identifies the run in its checkpoints."""
+    return RunFacts(
+        config=dataclasses.asdict(config),
+        runtime=dataclasses.asdict(runtime),
+        order_version=ORDER_VERSION,
+        sequences_per_step=config.sequences_per_step,
+        platform=platform_facts(context),
+        tokens=inputs.dataset.fingerprint,
+        tokenizer=inputs.tokenizer.fingerprint,
+        wandb_run_id=secrets.token_hex(4),
+    )
 
 
-def platform(world: World) -> dict[str, Any]:
-    """What the last bits of a result hang on, beside the run itself."""
-    return {
-        "torch": torch.__version__,
-        "device": device_name(world.device),
-        "ranks": world.size,
-        "threads": world.threads,
-    }
-
-
-def installed() -> dict[str, str]:
-    """What every rank must have alike for a run to be one: Python, libraries and this package's own source."""
-    source = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        source.update(path.name.encode() + path.read_bytes())
-    return {
-        "Python version": sys.version.split()[0],
-        "torch version": torch.__version__,
-        "numpy version": np.__version__,
-        "distgpt's source": source.hexdigest()[:12],
-    }
-
-
-def prepare_output_dir(output_dir: Path, config: Config, tokenizer: Tokenizer, anew: bool) -> None:
-    """Write the resolved config and the tokenizer; `anew` first deletes what an earlier run left (and only that)."""
-    if anew:
-        checkpoint.remove_all(output_dir)
-        for name in (RECORD, "eval.json", trained.WEIGHTS):
+def _prepare_output_dir(output_dir: Path, config: Config, tokenizer: Tokenizer, is_new: bool) -> None:
+    """Write the resolved config and the tokenizer. A new run first deletes what an earlier run wrote, nothing else."""
+    if is_new:
+        store.remove_all(output_dir)
+        for name in (METRICS_FILE, "eval.json", WEIGHTS_FILE):
             (output_dir / name).unlink(missing_ok=True)
-    durable.replace(output_dir / "config.yaml", configs.to_yaml(config).encode())
-    tokenizer.save(output_dir / trained.TOKENIZER)
+    atomic_io.write_bytes(output_dir / "config.yaml", config_to_yaml(config).encode())
+    tokenizer.save(output_dir / TOKENIZER_DIR)
 
 
-def card(config: Config, start: Start, execution: Execution, plan: BatchPlan, world: World) -> str:
-    """What is about to happen, for people."""
-    model, n_vocab, tokens = config.model_config, start.tokenizer.n_vocab, start.tokens
-    sizes, steps, tokens_per_step = model.sizes(n_vocab), config.num_training_steps, config.tokens_per_step
-    epochs = steps * plan.sequences / window_count(len(tokens.train), config.seq_len)
-    flops = steps * tokens_per_step * sizes.flops_per_token(config.seq_len)
-    compiled = "compiled" if execution.compile else "not compiled"
-    lines = {
-        "model": f"{count(model.n_layer, 'layer')}, {count(model.n_head, 'head')}, width {model.n_embd}, "
-        f"{count(model.n_positions, 'position')}, {count(sizes.parameters, 'parameter')}",
-        "tokens": f"{tokens.path}: {len(tokens.train):,} train, {len(tokens.val):,} val "
-        f"({config.tokenizer_encoding}, vocabulary {n_vocab:,})",
-        "batch": plan.equation(config.seq_len),
-        "steps": f"{steps:,} ({steps * tokens_per_step:,} tokens, {epochs:.2f} epochs, {flops:.2g} FLOPs)",
-        "device": f"{world.size} x {device_name(world.device)}"
-        + (f", {count(world.threads, 'thread')}" if world.device.type == "cpu" else "")
-        + "".join(f", {part}" for part in (execution.layout.describe(), execution.precision, compiled) if part)
-        + f", torch {torch.__version__}",
-        "output": f"{config.output_dir} (the same command continues a stopped run)",
-    }
-    if start.source:
-        lines["from"] = f"{start.source}: beginning with its weights"
-    if start.resume:
-        lines["resume"] = f"{start.resume.path}: going on after step {start.resume.step:,}"
-    notes = [f"note    {note}" for note in [*start.notes, *other_bits(start.resume, world)]]
-    return "\n".join([*(f"{name:<8}{text}" for name, text in lines.items()), *notes])
-
-
-def other_bits(resume: Checkpoint | None, world: World) -> Iterator[str]:
-    """Why a run goes on with rounding other than it would have had, if it does."""
-    now, then = platform(world), resume.state.get("platform", {}) if resume else {}
-    changed = [f"{name} {now[name]} (was {then[name]})" for name in now if now[name] != then.get(name, now[name])]
-    if changed:
-        yield f"the same run but for rounding, not bit for bit: {', '.join(changed)}"
-
-
-def check_numbers(reader: ShuffledReader, step: int, loss: float, skipped_in_a_row: int) -> None:
-    """Raise NumericsError, on every rank, when gradients have stopped being numbers: no weight has moved since."""
-    if skipped_in_a_row >= MOST_SKIPPED:
+def _check_finite(sampler: Sampler, step: int, loss: float, skipped_in_a_row: int) -> None:
+    """Raise NumericsError, on every rank, when gradients stay non-finite. No weight has changed since they began to."""
+    if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         first = step - skipped_in_a_row + 1
-        windows = reader.windows_at(first - 1, all_ranks=True)
+        windows = sampler.windows_at_step(first - 1, all_ranks=True)
         listed = ", ".join(map(str, windows[:8])) + (", ..." if len(windows) > 8 else "")
         raise NumericsError(
-            f"step {first}: its gradient was not finite, nor any to step {step} (the loss is {loss}), expected fewer "
-            f"than {MOST_SKIPPED} in a row; it read sequences {listed} (of seq_len tokens each, from 0, of train); "
-            "lower max_lr, raise num_warmup_steps or use precision=fp32, and start over; the last checkpoint is intact",
-            everywhere=True,
+            f"step {first}: the gradients of this step and all following to step {step} were not finite (the loss is "
+            f"{loss}), expected fewer than {MAX_SKIPPED_IN_A_ROW} such steps in a row; step {first} read sequences "
+            f"{listed} (of seq_len tokens each, from 0, of train); lower max_lr, raise num_warmup_steps or use "
+            "precision=fp32, and start over; the last checkpoint is intact",
+            on_all_ranks=True,
         )
 
 
-def show_results(config: Config, results: dict[str, Any], world: World) -> None:
-    """Say that there is nothing left to do."""
-    if world.is_first:
+def _show_results(config: Config, results: dict[str, Any], context: DistributedContext) -> None:
+    """Tell the user that there is nothing left to do."""
+    if context.is_rank0:
         print(f"{config.output_dir} is finished: {json.dumps(results)}")
-        print("more num_training_steps go on from here; --fresh starts over")
+        print("raise num_training_steps to continue this run; --fresh starts over")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train the model that a config describes, or continue its run."""
-    parser = configs.config_parser("python -m distgpt.train", str(main.__doc__))
+    """Train the model that a config describes, or resume its run."""
+    parser = config_parser("python -m distgpt.train", str(main.__doc__))
     parser.add_argument("--fresh", action="store_true", help="delete the run in output_dir and start over")
-    parser.add_argument("--from", dest="source", type=file_name, metavar="RUN", help="run or checkpoint to begin with")
+    parser.add_argument(
+        "--from", dest="source", type=path_argument, metavar="RUN", help="run or checkpoint whose weights to start from"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     options = parser.parse_intermixed_args(arguments)
-    config = configs.load(options.config, options.overrides)
-    world = worlds.start(config.device, 60 * config.hang_minutes)
+    config = load_config(options.config, options.overrides)
+    hang_seconds = 60 * config.hang_minutes
+    context = init_distributed(config.device, hang_seconds)
     settings = {"--fresh": options.fresh, "--from": options.source}
-    world.check_same(dataclasses.asdict(config) | settings | installed())
+    context.assert_same_on_ranks(dataclasses.asdict(config) | settings | software_versions())
     source = Path(options.source) if options.source else None
-    fresh = options.fresh and world.restarts == 0  # torchrun's restarts go on
-    with Supervisor(Path(config.output_dir), config.max_minutes, 60 * config.hang_minutes, world) as supervisor:
-        code = train(config, fresh, source, world, supervisor)
-    world.close()
+    fresh = options.fresh and context.restart_count == 0  # a restart by torchrun resumes
+    with Watchdog(Path(config.output_dir), config.max_minutes, hang_seconds, context) as watchdog:
+        code = train(config, fresh, source, context, watchdog)
+    context.close()
     return code
 
 
 if __name__ == "__main__":
-    leave(worlds.record(run_command)(main))
+    exit_process(record(run_command)(main))

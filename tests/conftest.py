@@ -1,10 +1,10 @@
-"""Fixtures that many rooms share: a small corpus, a small config, and ways to start the real commands."""
+"""Fixtures that many test modules share: a small corpus, a small config, and ways to start the real commands."""
 
 from __future__ import annotations
 
-import argparse as some_source
+import argparse
 import json
-import json.encoder as other_source
+import json.encoder
 import os
 import subprocess
 import sys
@@ -34,22 +34,22 @@ eval: {{every: 5, max_tokens: 512}}
 checkpoint: {{every: 4, keep: 2}}
 wandb: disabled
 """
-"""A run of about a second. Its tokens are bytes of the standard library's own source."""
+"""A run of about a second. Its tokens are bytes of source files of the standard library."""
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An .npz of byte tokens: 100 kB to train on, 1,003 to validate on (no multiple of anything)."""
+    """An .npz of byte tokens: 100,000 for training and 1,003 for validation, which no batch size divides."""
     path = tmp_path_factory.mktemp("corpus") / "tokens.npz"
-    train = np.frombuffer(Path(str(some_source.__file__)).read_bytes(), dtype=np.uint8)
-    val = np.frombuffer(Path(str(other_source.__file__)).read_bytes(), dtype=np.uint8)
+    train = np.frombuffer(Path(str(argparse.__file__)).read_bytes(), dtype=np.uint8)
+    val = np.frombuffer(Path(str(json.encoder.__file__)).read_bytes(), dtype=np.uint8)
     np.savez(path, train=train.astype(np.uint16), val=val[:1003].astype(np.uint16))
     return path
 
 
 @pytest.fixture
 def config_file(tmp_path: Path, corpus: Path) -> Path:
-    """The tiny config, its output below `tmp_path`."""
+    """The tiny config; it writes its output below `tmp_path`."""
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY.format(folder=tmp_path, corpus=corpus))
     return path
@@ -67,16 +67,15 @@ def command(name: str, arguments: Sequence[object], ranks: int = 1) -> list[str]
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """This process's environment, able to import the package, without what a torchrun around it would set."""
-    inherited = {
-        k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")
-    }
+    """This process's environment with the package importable, and without the variables that torchrun sets."""
+    from_torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")
+    inherited = {name: value for name, value in os.environ.items() if name not in from_torchrun}
     return inherited | {"PYTHONPATH": str(REPO)} | extra
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Run a real command in a new process from an empty folder and return what it printed and its exit code."""
+    """Runs a real command in a new process from an empty folder; returns its output and exit code."""
 
     def start(name: str, *arguments: object, ranks: int = 1, **extra: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -94,7 +93,7 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def begin(config_file: Path, tmp_path: Path) -> Iterator[Any]:
-    """Starts runs of the tiny config in the background; kills what is left of them afterwards."""
+    """Starts runs of the tiny config in the background, and kills what is left of them afterwards."""
     from tests.started import Started
 
     started: list[Started] = []
@@ -114,5 +113,5 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
 
 
 def training_curve(output_dir: Path) -> list[tuple[int, float, float]]:
-    """(step, loss, gradient norm) of every training step recorded."""
+    """(step, loss, gradient norm) of every training step in a run's metrics.jsonl."""
     return [(r["step"], r["train-loss"], r["grad-norm"]) for r in read_metrics(output_dir) if "train-loss" in r]

@@ -1,4 +1,4 @@
-"""A real run in the background: started, watched, told to stop or killed, and never left behind."""
+"""A training run in the background, which a test can watch, signal or kill, and which never outlives the test."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distgpt import checkpoint
+from distgpt.checkpoint import store
 from tests.conftest import command, environment, training_curve
 
 PLAIN = ("precision=fp32", "compile=off")
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs (or could: a stopped one does, a zombie does not)."""
+    """Whether a process exists and is not a zombie. A suspended process is alive."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
 
-def listens(pid: int) -> bool:
-    """Whether a process has its signal handlers."""
+def handles_signals(pid: int) -> bool:
+    """Whether a process has installed its signal handlers."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -35,19 +36,19 @@ def listens(pid: int) -> bool:
 
 
 def processes_in(folder: Path) -> list[int]:
-    """Every living process whose working directory is `folder`, whoever its parent is by now."""
-    found = []
+    """Every living process whose working directory is `folder`, whatever its parent is by now."""
+    pids = []
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdecimal() and (entry / "cwd").resolve() == folder.resolve() and alive(int(entry.name)):
-                found.append(int(entry.name))
+                pids.append(int(entry.name))
         except OSError:
             continue
-    return found
+    return pids
 
 
 class Started:
-    """`distgpt.train` on so many ranks, in a process group of its own."""
+    """`distgpt.train` on a number of ranks, in a process group of its own."""
 
     def __init__(
         self,
@@ -60,82 +61,82 @@ class Started:
     ) -> None:
         self.folder, self.output_dir = folder, folder / "run"
         self.log = (folder / "log").open("w+")
-        line = command("train", [config, *arguments], ranks)
-        extra = {}
+        command_line = command("train", [config, *arguments], ranks)
+        variables = {}
         if ranks > 1:
-            place = line.index("--standalone")
-            line[place:place] = torchrun_options
+            index = command_line.index("--standalone")
+            command_line[index:index] = torchrun_options
         if fault is not None:
-            line.insert(line.index("distgpt.train"), "tests.faulty")
-            extra["DISTGPT_FAULT"] = fault
+            command_line.insert(command_line.index("distgpt.train"), "tests.faulty")
+            variables["DISTGPT_FAULT"] = fault
         self.began_at = time.monotonic()
         self.process = subprocess.Popen(
-            line,
+            command_line,
             cwd=folder,
-            env=environment(**extra),
+            env=environment(**variables),
             stdout=self.log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
 
-    def wait_for_steps(self, steps: int) -> None:
-        """Until so many training steps are on record."""
-        self.wait_until(lambda: self.recorded() >= steps)
+    def wait_for_steps(self, num_steps: int) -> None:
+        """Wait until metrics.jsonl has that many training steps."""
+        self.wait_until(lambda: self.recorded() >= num_steps)
 
     def wait_for_checkpoint(self, step: int = 1) -> None:
-        """Until a checkpoint of that step or a later one is there."""
-        self.wait_until(lambda: max((saved for saved, _ in checkpoint.on_disk(self.output_dir)), default=0) >= step)
+        """Wait until there is a checkpoint of that step or a later one."""
+        self.wait_until(lambda: max((saved for saved, _ in store.list_checkpoints(self.output_dir)), default=0) >= step)
 
-    def wait_until(self, done: Any, seconds: float = 120) -> None:
-        """Until `done()`; fails if the run ends before, or takes longer."""
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+        """Wait until `condition()` is true. Fails if the run ends before that or the time is up."""
         deadline = time.monotonic() + seconds
-        while not done():
+        while not condition():
             assert self.process.poll() is None and time.monotonic() < deadline, self.text()
             time.sleep(0.05)
 
     def recorded(self) -> int:
-        """Training steps on record."""
+        """Number of training steps in metrics.jsonl."""
         try:
             return len(training_curve(self.output_dir))
-        except (OSError, ValueError):  # none yet, or half a line
+        except (OSError, ValueError):  # no file yet, or an incomplete line
             return 0
 
     def ranks(self) -> dict[int, int]:
-        """Process of each rank."""
-        found: dict[int, int] = {}
+        """The process id of each rank."""
+        pid_of_rank: dict[int, int] = {}
         for pid in processes_in(self.folder):
             try:
                 variables = (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if (line := next((v for v in variables if v.startswith(b"RANK=")), None)) is not None:
-                found.setdefault(int(line[5:]), pid)
-        return found or {0: self.process.pid}
+            if (variable := next((v for v in variables if v.startswith(b"RANK=")), None)) is not None:
+                pid_of_rank.setdefault(int(variable[5:]), pid)
+        return pid_of_rank or {0: self.process.pid}
 
     def text(self) -> str:
-        """Everything it has printed."""
+        """Everything that the run has printed."""
         self.log.flush()
         return Path(self.log.name).read_text(errors="replace")
 
     def lines(self) -> list[str]:
-        """What it has said in our own voice."""
+        """The printed lines that start with `distgpt: `."""
         return [line for line in self.text().splitlines() if line.startswith("distgpt: ")]
 
     def status(self) -> dict[str, Any]:
-        """Its `status.json`."""
+        """The content of its `status.json`."""
         status: dict[str, Any] = json.loads((self.output_dir / "status.json").read_text())
         return status
 
     def newest_step(self) -> int:
-        """Step of the newest checkpoint, which verifies, as all do; 0 without one."""
-        found, rejected = checkpoint.newest(self.output_dir)
-        assert not rejected, rejected
-        return 0 if found is None else found.step
+        """Step of the newest checkpoint, 0 without one. Fails if any checkpoint is damaged."""
+        checkpoint, skipped = store.latest_valid(self.output_dir)
+        assert not skipped, skipped
+        return 0 if checkpoint is None else checkpoint.step
 
     def end(self) -> None:
-        """Kill, without warning, every process of it that is left, and wait until none is."""
-        while left := processes_in(self.folder):
-            for pid in left:
+        """Kill all processes of the run that are left, and wait until they are gone."""
+        while pids := processes_in(self.folder):
+            for pid in pids:
                 try:
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""The benchmark gives every contestant the same work, and shows what it measured."""
+"""The benchmark gives every contestant the same work, and prints its measurements."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.speed import choose, parse
+from bench.speed import parse_arguments, select_contestants
 from bench.work import synthetic_tokens
 from distgpt.errors import ConfigError
 from tests.conftest import REPO, environment
@@ -19,10 +19,10 @@ from tests.conftest import REPO, environment
 STEPS = 4
 
 
-def test_contestants_compute_the_same_losses_and_the_table_shows_them(tmp_path: Path) -> None:
-    output, who = tmp_path / "speed.json", ["distgpt plain", "textbook"]
-    options = ["--shapes=tiny", f"--steps={STEPS}", "--rounds=1", f"--contestants={','.join(who)}"]
-    done = subprocess.run(
+def test_contestants_compute_the_same_losses_and_appear_in_the_table(tmp_path: Path) -> None:
+    output, contestants = tmp_path / "speed.json", ["distgpt eager", "textbook"]
+    options = ["--shapes=tiny", f"--steps={STEPS}", "--rounds=1", f"--contestants={','.join(contestants)}"]
+    completed = subprocess.run(
         [sys.executable, "-m", "bench.speed", *options, f"--output={output}"],
         cwd=REPO,
         env=environment(CUDA_VISIBLE_DEVICES=""),
@@ -30,21 +30,21 @@ def test_contestants_compute_the_same_losses_and_the_table_shows_them(tmp_path: 
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
     report = json.loads(output.read_text())
     rows = {row["contestant"]: row for row in report["results"][0]["contestants"]}
-    ours, textbook = ([step["loss"] for step in rows[name]["rounds"][0]] for name in who)
-    assert len(ours) == STEPS
-    assert ours == pytest.approx(textbook, rel=1e-3)
-    assert ours[0] == pytest.approx(textbook[0], rel=1e-5)  # the same weights and tokens; later GELU's forms part
-    heads = ["tokens/s", "middle half", "TFLOPS", "MFU (matmul)", "MiB a rank", "first step s", "loader ms"]
-    for text in (*heads, "checkpoint ms", *who, f"torch {report['torch']}"):
-        assert text in done.stdout
+    distgpt, textbook = ([step["loss"] for step in rows[name]["rounds"][0]] for name in contestants)
+    assert len(distgpt) == STEPS
+    assert distgpt == pytest.approx(textbook, rel=1e-3)
+    assert distgpt[0] == pytest.approx(textbook[0], rel=1e-5)  # later, different forms of GELU let them diverge
+    columns = ["tokens/s", "middle half", "TFLOPS", "MFU (matmul)", "MiB per rank", "first step s", "loader ms"]
+    for text in (*columns, "checkpoint ms", *contestants, f"torch {report['torch']}"):
+        assert text in completed.stdout
     assert all(row["first_step_seconds"][0] > 0 and row["peak_mib"] > 0 for row in rows.values())
 
 
 @pytest.mark.parametrize(
-    ("argument", "found"),
+    ("argument", "message"),
     [
         ("--shapes=C", "--shapes: got 'C'"),
         ("--contestants=nobody", "--contestants: got 'nobody'"),
@@ -52,13 +52,13 @@ def test_contestants_compute_the_same_losses_and_the_table_shows_them(tmp_path: 
         ("--ranks=3", "--ranks: got 3"),
         ("--ranks=two", "--ranks: got two"),
         ("--steps=0", "--steps: got 0"),
-        ("--output=/nowhere/at/all.json", "--output: /nowhere/at is no folder"),
+        ("--output=/nowhere/at/all.json", "--output: /nowhere/at is not a folder"),
     ],
 )
-def test_a_bad_argument_is_told_in_one_line(argument: str, found: str) -> None:
+def test_an_invalid_argument_is_reported_in_one_line(argument: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        choose(parse([argument], on_gpu=False))
-    assert found in str(error.value)
+        select_contestants(parse_arguments([argument], on_gpu=False))
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -68,4 +68,4 @@ def test_synthetic_tokens_can_be_learned() -> None:
     last: dict[int, int] = {}
     repeated = [last.get(a) == b or bool(last.update({a: b})) for a, b in itertools.pairwise(tokens)]
     unigrams = np.bincount(tokens).max() / len(tokens)
-    assert np.mean(repeated[10_000:]) > 2 * unigrams  # a token tells more about its successor than frequency does
+    assert np.mean(repeated[10_000:]) > 2 * unigrams  # a token predicts its successor better than frequencies do

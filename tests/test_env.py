@@ -1,4 +1,4 @@
-"""Is this environment sound? `pytest tests/test_env.py` alone tells a newcomer, and what to do where it is not."""
+"""Whether this environment can run distgpt. `pytest tests/test_env.py` checks it and says how to fix what is wrong."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_python_is_new_enough() -> None:
 
 
 @pytest.mark.parametrize("requirement", PROJECT["dependencies"])
-def test_packages_are_installed_and_fit(requirement: str) -> None:
+def test_packages_are_installed_in_allowed_versions(requirement: str) -> None:
     name = re.split(r"[<>=]", requirement)[0]
     remedy = f"run `.venv/bin/python -m pip install '{requirement}'`, or delete .venv and run ./launch/test.sh"
     try:
@@ -44,17 +44,19 @@ def test_packages_are_installed_and_fit(requirement: str) -> None:
 def test_torch_computes() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.arange(9.0, device=device).reshape(3, 3)
-    assert (x @ x).sum().item() == 486.0, f"torch miscalculates on {device}: install it again"
+    assert (x @ x).sum().item() == 486.0, f"torch computes wrong results on {device}: reinstall it"
 
 
-def test_the_tokenizer_works_without_a_network() -> None:
-    from distgpt.tokenizer import load_tokenizer
+def test_the_gpt2_tokenizer_loads_without_a_network() -> None:
+    from distgpt.data.tokenizer import load_tokenizer
 
-    assert load_tokenizer("gpt2").encode("hello world") == [31373, 995], "the embedded vocabulary is damaged: reinstall"
+    assert load_tokenizer("gpt2").encode("hello world") == [31373, 995], (
+        "the bundled vocabulary is damaged: reinstall distgpt"
+    )
 
 
 @pytest.mark.parametrize("folder", [".", tempfile.gettempdir()])
-def test_folders_can_be_written(folder: str) -> None:
+def test_folders_are_writable(folder: str) -> None:
     try:
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
@@ -64,9 +66,9 @@ def test_folders_can_be_written(folder: str) -> None:
         )
 
 
-def test_two_ranks_meet_and_add() -> None:
+def test_two_gloo_ranks_communicate() -> None:
     try:
-        found, _ = results(2)
+        cases, _ = results(2)
     except AssertionError as error:
-        pytest.fail(f"two gloo ranks could not meet on the loopback device: {str(error)[-1500:]}")
-    assert found["agreement"][0]["gathered"] == [{"rank": 0, "text": ""}, {"rank": 1, "text": "x"}]
+        pytest.fail(f"two gloo ranks could not connect over the loopback device: {str(error)[-1500:]}")
+    assert cases["agreement"][0]["gathered"] == [{"rank": 0, "text": ""}, {"rank": 1, "text": "x"}]

@@ -1,4 +1,4 @@
-"""What is recorded is right, survives a crash, and neither a slow nor a broken outlet holds the run up."""
+"""Metrics are correct, survive a crash, and a broken terminal or a full disk does not stop the run."""
 
 from __future__ import annotations
 
@@ -13,38 +13,45 @@ from typing import Any, cast
 
 import pytest
 
-from distgpt import config as configs
-from distgpt import metrics
-from distgpt.config import Config
-from distgpt.metrics import Log, Score, Silence, WandbThread, duration, truncate
+from distgpt.config.loader import load_config
+from distgpt.config.schema import Config
+from distgpt.training.metrics import EvalResult, MetricLogger, NullLogger, _drop_rows_after, _format_duration
 from tests.conftest import read_metrics
 
 
 @pytest.fixture
 def config(config_file: Path) -> Config:
-    config = configs.load(config_file)
+    config = load_config(config_file)
     Path(config.output_dir).mkdir(parents=True)
     return config
 
 
-def make_log(config: Config, first_step: int = 0, peak: float | None = None) -> Log:
-    """256 tokens in a step, 10 MFLOP each, on two ranks."""
-    return Log(config, first_step, validated=True, flops_per_token=10**7, peak=peak, ranks=2, wandb_run_id="x")
+def make_logger(config: Config, first_step: int = 0, peak_tflops: float | None = None) -> MetricLogger:
+    """256 tokens per step, 10 MFLOP per token, two ranks."""
+    return MetricLogger(
+        config,
+        first_step=first_step,
+        validated=True,
+        flops_per_token=10**7,
+        peak_tflops=peak_tflops,
+        world_size=2,
+        run_id="x",
+    )
 
 
-def test_speed_is_tokens_over_time_and_mfu_is_per_device(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_is_tokens_per_second_and_mfu_is_per_device(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    log = make_log(config, peak=0.01024)
+    logger = make_logger(config, peak_tflops=0.01024)
     now[0] += 2.0
-    log.step_done(4)
-    log.step(4, 3.5, 1e-3, 0.5)  # 1,024 tokens in 2 s
+    logger.step_done(4)
+    logger.log_step(4, 3.5, 1e-3, 0.5)  # 1,024 tokens in 2 s
     now[0] += 50.0
-    log.evaluation(4, Score(3.0, 99, 99))  # its 50 s are nobody's speed
+    logger.log_evaluation(4, EvalResult(3.0, 99, 99).numbers())  # its 50 s do not count for the speed
     now[0] += 1.0
-    log.step_done(5)
-    log.step(5, float("nan"), 1e-3, float("inf"))
-    log.close()
+    logger.step_done(5)
+    logger.log_step(5, float("nan"), 1e-3, float("inf"))
+    logger.close()
     first, val, last = read_metrics(Path(config.output_dir))
     assert (first["tokens-per-second"], first["tflops"], first["mfu"]) == (512.0, 0.00512, 0.25)
     assert val == {"step": 4, "val-loss": 3.0, "val-perplexity": math.exp(3.0)}
@@ -52,85 +59,117 @@ def test_speed_is_tokens_over_time_and_mfu_is_per_device(config: Config, monkeyp
     assert last["tokens"] == 1280
 
 
-def test_what_came_after_the_restored_step_is_dropped(tmp_path: Path) -> None:
+def test_rows_and_lines_have_their_documented_format(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    logger = make_logger(config, first_step=4, peak_tflops=0.01024)
+    now[0] += 0.5
+    logger.step_done(5)
+    logger.log_step(5, 3.5, 1e-3, 0.5)
+    logger.log_evaluation(5, {"val-loss": 3.25, "val-perplexity": 25.79, "accuracy": 0.5})
+    now[0] += 0.5
+    logger.step_done(6)
+    logger.log_step(6, 3.5, 1e-3, 0.5, skipped=2)
+    logger.log_checkpoint_wait(6, 0.00123)
+    logger.close()
+    lines = capsys.readouterr().out.splitlines()
+    numbers = "lr 1.00e-03  norm 0.50  512 tok/s  0.00512 TFLOPS (25.0% MFU)"
+    assert lines == [
+        f"step  5/12  loss 3.5000  {numbers}  eta 00:04",
+        "step  5/12  val-loss 3.2500  val-perplexity 25.79  accuracy 0.5000",
+        f"step  6/12  loss 3.5000  val 3.2500  {numbers}  skipped 2  eta 00:03",
+    ]
+    step, evaluation, _, checkpoint = read_metrics(Path(config.output_dir))
+    assert list(step) == [
+        "step",
+        "train-loss",
+        "learning-rate",
+        "grad-norm",
+        "tokens-per-second",
+        "tflops",
+        "mfu",
+        "tokens",
+        "skipped",
+    ]
+    assert evaluation == {"step": 5, "val-loss": 3.25, "val-perplexity": 25.79, "accuracy": 0.5}
+    assert checkpoint == {"step": 6, "checkpoint-wait-seconds": 0.0012}
+
+
+def test_rows_after_the_restored_step_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "val-loss": 3}\n{"step": 3}\n{"step": 4, "tr')
-    truncate(path, 2, validated=True)
+    _drop_rows_after(path, 2, validated=True)
     assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 2, "val-loss": 3}]
-    truncate(path, 2, validated=False)
+    _drop_rows_after(path, 2, validated=False)
     assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "00:00"), (59.6, "01:00"), (3599, "59:59"), (3661, "1:01:01")])
-def test_durations_read_as_clocks(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+def test_durations_are_formatted_as_clocks(seconds: float, text: str) -> None:
+    assert _format_duration(seconds) == text
 
 
-def test_other_ranks_write_nothing() -> None:
-    silence = Silence()
-    assert silence.step(1, 2.0, 3.0, 4.0) is None and silence.say("x") is None
+def test_the_logger_of_other_ranks_does_nothing() -> None:
+    logger = NullLogger()
+    assert logger.log_step(1, 2.0, 3.0, 4.0) is None and logger.print("x") is None and logger.close() is None
 
 
-class Gone(io.StringIO):
-    """A standard output whose reader has left."""
+class RecordingOutput(io.StringIO):
+    """A standard output that records each write separately."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.writes.append(text)
+        return len(text)
+
+
+def test_every_line_is_printed_in_one_write(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = RecordingOutput()
+    monkeypatch.setattr(sys, "stdout", output)
+    logger = make_logger(config)
+    logger.print("a header\nof two lines")
+    logger.log_step(1, 3.5, 1e-3, 0.5)
+    logger.log_memory(1, [10**9, 10**9])
+    logger.log_evaluation(1, {"val-loss": 3.0})
+    logger.close()
+    assert len(output.writes) == 4
+    assert all(text.endswith("\n") and len(text) > 1 for text in output.writes)
+
+
+class ClosedPipe(io.StringIO):
+    """A standard output whose reader has exited."""
 
     def write(self, text: str) -> int:
         raise BrokenPipeError
 
 
-def test_a_lost_terminal_does_not_stop_the_record(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdout", Gone())
-    log = make_log(config)
-    log.step(1, 3.5, 1e-3, 0.5)
-    log.step(2, 3.5, 1e-3, 0.5)
-    log.close()
+def test_a_closed_terminal_does_not_stop_the_metrics_file(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", ClosedPipe())
+    logger = make_logger(config)
+    logger.log_step(1, 3.5, 1e-3, 0.5)
+    logger.log_step(2, 3.5, 1e-3, 0.5)
+    logger.close()
     assert [row["step"] for row in read_metrics(Path(config.output_dir))] == [1, 2]
 
 
-def test_offline_wandb_gets_every_record(config: Config, tmp_path: Path) -> None:
-    thread = WandbThread(config, "abc123", "offline")
-    for step in range(5):
-        thread.send({"step": step, "train-loss": 1.0})
-    thread.CLOSE_SECONDS = 60
-    assert thread.close() is None
-    (folder,) = (Path(config.output_dir) / "wandb").glob("offline-run-*-abc123")
-    assert list(folder.glob("*.wandb"))
-
-
-@pytest.mark.parametrize("body", ["raise OSError('no network')", "import time; time.sleep(60)"])
-def test_wandb_that_fails_or_hangs_holds_nothing_up(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str
-) -> None:
-    """A package of that name, on the path before the real one, whose init fails or hangs."""
-    (tmp_path / "wandb").mkdir()
-    (tmp_path / "wandb" / "__init__.py").write_text(
-        f"class Settings:\n    def __init__(self, **k): pass\ndef init(**k):\n    {body}\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for name in [name for name in sys.modules if name.split(".")[0] == "wandb"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(metrics.WandbThread, "CLOSE_SECONDS", 0.5)
-    thread = WandbThread(config, "abc123", "online")
-    started_at = time.monotonic()
-    for step in range(20_000):  # more than its queue holds
-        thread.send({"step": step})
-    failure = thread.close()
-    assert time.monotonic() - started_at < 5
-    assert failure is not None and ("no network" in failure or "still busy" in failure)
-
-
-def test_memory_that_is_not_known_is_not_a_number(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    log = make_log(config)
-    log.memory(0, [None, None])
-    log.memory(0, [1_500_000_000, 2_500_000_000])
-    log.close()
+def test_unknown_memory_is_recorded_as_null(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = make_logger(config)
+    logger.log_memory(0, [None, None])
+    logger.log_memory(0, [1_500_000_000, 2_500_000_000])
+    logger.close()
     printed = capsys.readouterr().out
-    assert "memory  n/a at most" in printed and "memory  1.50 GB to 2.50 GB at most" in printed
+    assert "memory  n/a peak per rank so far" in printed
+    assert "memory  1.50 GB to 2.50 GB peak per rank so far" in printed
     assert next(iter(read_metrics(Path(config.output_dir))))["peak-bytes"] == [None, None]
 
 
-class Full:
-    """A file on a disk that is full until it is not, and then takes half of what it is given at a time."""
+class FullDisk:
+    """A file on a disk that is full for a number of writes, and then accepts half of each write."""
 
     def __init__(self, file: io.FileIO, failures: int) -> None:
         self.file, self.failures = file, failures
@@ -145,12 +184,14 @@ class Full:
         self.file.close()
 
 
-def test_a_full_disk_delays_the_record_and_is_told_once(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    log = make_log(config)
-    log.file = cast(Any, Full(log.file, failures=3))
+def test_a_full_disk_delays_the_metrics_file_and_is_reported_once(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = make_logger(config)
+    logger._file = cast(Any, FullDisk(logger._file, failures=3))
     for step in range(1, 21):
-        log.step(step, 3.5, 1e-3, 0.5)
-    log.close()
+        logger.log_step(step, 3.5, 1e-3, 0.5)
+    logger.close()
     written = (Path(config.output_dir) / "metrics.jsonl").read_bytes()
     steps = [json.loads(line)["step"] for line in written.split(b"\n")[:-1]]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 18  # half a write behind

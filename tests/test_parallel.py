@@ -1,4 +1,4 @@
-"""The same run on any layout: the real strategies on real ranks against plain PyTorch in one process."""
+"""Every parallel layout computes the same: real strategies on real ranks against plain PyTorch in one process."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distgpt import config as configs
-from distgpt import world as worlds
-from distgpt.data import Batch
+from distgpt.config.loader import load_config
+from distgpt.config.schema import Config
+from distgpt.data.dataloader import Batch
+from distgpt.data.sampler import BatchPlan
+from distgpt.distributed.context import DistributedContext
+from distgpt.distributed.estimate import StepWorkload, comm_bytes, estimate_memory
+from distgpt.distributed.layout import ParallelLayout
+from distgpt.distributed.parallelize import canonical_name, parallelize
+from distgpt.distributed.runtime import RuntimeConfig, resolve_runtime
 from distgpt.errors import ConfigError
-from distgpt.loss import IGNORED
-from distgpt.model import DecoderLM
-from distgpt.parallel import Execution, decide, parallelize
-from distgpt.plan import BatchPlan, Layout, Sizes, Work, memory, traffic
-from distgpt.step import seed_dropout
+from distgpt.models.config import GPT2Config
+from distgpt.models.cross_entropy import IGNORE_INDEX
+from distgpt.models.gpt2 import DecoderLM
+from distgpt.training.step import seed_dropout
 from tests.ranks import (
     CLIP,
     END_OF_TEXT,
@@ -30,15 +35,15 @@ from tests.ranks import (
     N_VOCAB,
     SEQ_LEN,
     SEQUENCES,
+    SINGLE_PROCESS,
     TOKENS,
     drop_targets,
-    reader,
     results,
     small_model,
+    standard_loader,
     strategies,
     thin_model,
 )
-from tests.test_exercise import ALONE
 
 RANKS = [1, 2, 3, 4]
 LAYOUTS = [(ranks, strategy) for ranks in RANKS for strategy in strategies(ranks)]
@@ -49,31 +54,32 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 def whole_batch(step: int) -> Batch:
     """All sequences of a step as one batch."""
     with tempfile.TemporaryDirectory() as folder:
-        (batch,) = reader(Path(folder), ALONE, SEQUENCES).at(step)
+        (batch,) = standard_loader(Path(folder), SINGLE_PROCESS, SEQUENCES).micro_batches(step)
     return batch
 
 
-def plain_loss(model: DecoderLM, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-    """Sum of token losses from whole logits."""
+def reference_loss(model: DecoderLM, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    """Sum of token losses, from all logits at once."""
     return F.cross_entropy(model(ids_BT).flatten(0, 1), targets_BT.flatten(), reduction="sum")
 
 
 def gradient(model: DecoderLM, loss: Tensor) -> dict[str, np.ndarray]:
     loss.backward()
-    return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    parameters = model.named_parameters()
+    return {canonical_name(name): p.grad.numpy() for name, p in parameters if p.grad is not None}
 
 
 @functools.cache
-def plain_gradient(dtype: torch.dtype) -> tuple[dict[str, np.ndarray], float]:
+def reference_gradient(dtype: torch.dtype) -> tuple[dict[str, np.ndarray], float]:
     """Gradient and loss of step 5 by plain autograd over the whole batch."""
     model, batch = small_model().to(dtype), whole_batch(5)
-    loss = plain_loss(model, batch.ids_BT, batch.targets_BT) / TOKENS
+    loss = reference_loss(model, batch.ids_BT, batch.targets_BT) / TOKENS
     return gradient(model, loss), loss.item()
 
 
 @functools.cache
-def documents_apart(dtype: torch.dtype) -> tuple[dict[str, np.ndarray], float]:
-    """The same where each document of each sequence is run alone, by a model that knows nothing of documents."""
+def documents_separately(dtype: torch.dtype) -> tuple[dict[str, np.ndarray], float]:
+    """The same where each document of each sequence is a batch of its own, for a model without document masks."""
     model, batch = small_model().to(dtype), whole_batch(5)
     loss = torch.zeros((), dtype=dtype)
     n_documents = 0
@@ -81,14 +87,14 @@ def documents_apart(dtype: torch.dtype) -> tuple[dict[str, np.ndarray], float]:
         starts = [t for t in range(SEQ_LEN) if t == 0 or ids_T[t] == END_OF_TEXT]
         n_documents += len(starts)
         for start, end in zip(starts, [*starts[1:], SEQ_LEN], strict=True):
-            loss = loss + plain_loss(model, ids_T[None, start:end], targets_T[None, start:end])
+            loss = loss + reference_loss(model, ids_T[None, start:end], targets_T[None, start:end])
     assert n_documents > 2 * SEQUENCES
     loss = loss / TOKENS
     return gradient(model, loss), loss.item()
 
 
 @functools.cache
-def plain_training(dtype: torch.dtype, steps: int) -> tuple[np.ndarray, float]:
+def reference_training(dtype: torch.dtype, steps: int) -> tuple[np.ndarray, float]:
     """Loss and gradient norm of each step by a textbook loop with torch's plain AdamW; the weights' sum of sizes."""
     model = small_model().to(dtype)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
@@ -99,7 +105,7 @@ def plain_training(dtype: torch.dtype, steps: int) -> tuple[np.ndarray, float]:
     for step in range(steps):
         batch = whole_batch(step)
         optimizer.zero_grad()
-        loss = plain_loss(model, batch.ids_BT, batch.targets_BT) / TOKENS
+        loss = reference_loss(model, batch.ids_BT, batch.targets_BT) / TOKENS
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
@@ -107,291 +113,329 @@ def plain_training(dtype: torch.dtype, steps: int) -> tuple[np.ndarray, float]:
     return np.array(rows), float(sum(p.detach().double().abs().sum() for p in model.parameters()))
 
 
-def plain_curve(dtype: torch.dtype) -> np.ndarray:
-    return plain_training(dtype, 20)[0]
+def reference_curve(dtype: torch.dtype) -> np.ndarray:
+    return reference_training(dtype, 20)[0]
 
 
 def assert_gradients(
-    found: list[dict[str, Any]], file: Path, expected: tuple[dict[str, np.ndarray], float], tolerance: float
+    rows: list[dict[str, Any]], file: Path, expected: tuple[dict[str, np.ndarray], float], tolerance: float
 ) -> None:
-    """Loss and norm on every rank, and every parameter's gradient, are what they should be."""
+    """Loss and norm on every rank, and every parameter's gradient, equal the expected ones."""
     gradients, loss = expected
     norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradients.values()))
-    for row in found:
+    for row in rows:
         assert row["loss"] == pytest.approx(loss, rel=tolerance)
         assert row["norm"] == pytest.approx(norm, rel=tolerance / 10)
-    with np.load(file) as got:
-        assert set(got) == set(gradients)
+    with np.load(file) as actual:
+        assert set(actual) == set(gradients)
         for name, value in gradients.items():
-            np.testing.assert_allclose(got[name], value, rtol=0, atol=tolerance * np.abs(value).max(), err_msg=name)
+            np.testing.assert_allclose(actual[name], value, rtol=0, atol=tolerance * np.abs(value).max(), err_msg=name)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("batch_size", [8, 3, 1])
 @pytest.mark.parametrize(("ranks", "strategy"), LAYOUTS)
-def test_every_layout_gives_the_gradient_of_one_plain_batch(
+def test_every_layout_gives_the_gradient_of_one_batch(
     ranks: int, strategy: str, batch_size: int, dtype: torch.dtype
 ) -> None:
-    found, folder = results(ranks)
-    for way in ("", "-each", "-kept") if strategy in ("fsdp", "hsdp") else ("",):
-        name = f"{strategy}{way}-{batch_size}-{dtype}"
-        rows = [row[name] for row in found["gradients"]]
-        assert_gradients(rows, folder / f"gradients-{name}.npz", plain_gradient(dtype), TOLERANCE[dtype])
+    by_rank, folder = results(ranks)
+    for variant in ("", "-each", "-unsharded") if strategy in ("fsdp", "hsdp") else ("",):
+        name = f"{strategy}{variant}-{batch_size}-{dtype}"
+        rows = [row[name] for row in by_rank["gradients"]]
+        assert_gradients(rows, folder / f"gradients-{name}.npz", reference_gradient(dtype), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), LAYOUTS)
 def test_empty_shards_and_unequal_targets_change_no_gradient(ranks: int, strategy: str) -> None:
-    found, folder = results(ranks)
+    by_rank, folder = results(ranks)
     for name, model in (("thin", thin_model()), ("ragged", small_model())):
         batch = whole_batch(5)
         if name == "ragged":
             drop_targets(batch)
-            per_row = (batch.targets_BT != IGNORED).sum(1)
+            per_row = (batch.targets_BT != IGNORE_INDEX).sum(1)
             assert per_row.max() > 2 * per_row.min()
-        tokens = int((batch.targets_BT != IGNORED).sum())
-        loss = plain_loss(model.double(), batch.ids_BT, batch.targets_BT) / tokens
-        rows = [row[f"{name}-{strategy}"] for row in found["special_gradients"]]
+        tokens = int((batch.targets_BT != IGNORE_INDEX).sum())
+        loss = reference_loss(model.double(), batch.ids_BT, batch.targets_BT) / tokens
+        rows = [row[f"{name}-{strategy}"] for row in by_rank["special_gradients"]]
         assert_gradients(rows, folder / f"gradients-{name}-{strategy}.npz", (gradient(model, loss), loss.item()), 1e-10)
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), LAYOUTS)
-def test_the_bf16_gradient_is_near_the_plain_one(ranks: int, strategy: str) -> None:
+def test_the_bf16_gradient_is_close_to_the_fp32_one(ranks: int, strategy: str) -> None:
     _, folder = results(ranks)
-    expected, _ = plain_gradient(torch.float32)
-    with np.load(folder / f"gradients-bf16-{strategy}.npz") as got:
+    expected, _ = reference_gradient(torch.float32)
+    with np.load(folder / f"gradients-bf16-{strategy}.npz") as actual:
         for name, value in expected.items():
-            assert np.linalg.norm(got[name] - value) < 0.02 * np.linalg.norm(value), name
-        assert any(not np.allclose(got[name], value, rtol=1e-5) for name, value in expected.items())  # it is bf16
+            assert np.linalg.norm(actual[name] - value) < 0.02 * np.linalg.norm(value), name
+        assert any(
+            not np.allclose(actual[name], value, rtol=1e-5) for name, value in expected.items()
+        )  # it really is bf16
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), [layout for layout in LAYOUTS if layout[0] > 1])
-def test_gradients_exchanged_in_bf16_are_the_plain_ones_rounded(ranks: int, strategy: str) -> None:
-    found, folder = results(ranks)
-    expected, loss = plain_gradient(torch.float32)
-    assert all(r[f"exchanged-{strategy}"]["loss"] == pytest.approx(loss, rel=1e-5) for r in found["special_gradients"])
-    with np.load(folder / f"gradients-exchanged-{strategy}.npz") as got:
+def test_gradients_reduced_in_bf16_are_the_fp32_ones_rounded(ranks: int, strategy: str) -> None:
+    by_rank, folder = results(ranks)
+    expected, loss = reference_gradient(torch.float32)
+    assert all(r[f"reduced-{strategy}"]["loss"] == pytest.approx(loss, rel=1e-5) for r in by_rank["special_gradients"])
+    with np.load(folder / f"gradients-reduced-{strategy}.npz") as actual:
         for name, value in expected.items():
-            assert np.linalg.norm(got[name] - value) < 2 * ranks * 2**-9 * np.linalg.norm(value), name
-            assert not np.allclose(got[name], value, rtol=1e-5), name  # it did travel in bf16
+            assert np.linalg.norm(actual[name] - value) < 2 * ranks * 2**-9 * np.linalg.norm(value), name
+            assert not np.allclose(actual[name], value, rtol=1e-5), name  # they really are reduced in bf16
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), LAYOUTS)
-def test_masked_documents_give_the_gradient_of_each_run_alone(ranks: int, strategy: str) -> None:
-    found, folder = results(ranks)
-    rows = [row[strategy] for row in found["documents"]]
+def test_masked_documents_give_the_gradient_of_separate_documents(ranks: int, strategy: str) -> None:
+    by_rank, folder = results(ranks)
+    rows = [row[strategy] for row in by_rank["documents"]]
     file = folder / f"gradients-documents-{strategy}.npz"
-    assert_gradients(rows, file, documents_apart(torch.float64), TOLERANCE[torch.float64])
+    assert_gradients(rows, file, documents_separately(torch.float64), TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_neither_recomputation_nor_compilation_changes_the_gradient(ranks: int) -> None:
-    found, folder = results(ranks)
-    names = list(found["recomputation"][0])
+def test_activation_checkpointing_and_compilation_keep_the_gradient(ranks: int) -> None:
+    by_rank, folder = results(ranks)
+    names = list(by_rank["recomputation"][0])
     assert len(names) == len(strategies(ranks)) * (10 if ranks == 2 else 4)
     for name in names:
-        expected = (documents_apart if name.endswith("True") else plain_gradient)(torch.float32)
-        rows = [row[name] for row in found["recomputation"]]
+        expected = (documents_separately if name.endswith("True") else reference_gradient)(torch.float32)
+        rows = [row[name] for row in by_rank["recomputation"]]
         assert_gradients(rows, folder / f"gradients-{name}.npz", expected, TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), LAYOUTS)
-def test_every_layout_gives_the_curve_of_a_textbook_loop(ranks: int, strategy: str) -> None:
-    found, _ = results(ranks)
-    assert (plain_curve(torch.float64)[:, 1] > CLIP).sum() > 10  # clipping is at work
-    for curves in found["curves"]:
+def test_every_layout_gives_the_loss_curve_of_a_textbook_loop(ranks: int, strategy: str) -> None:
+    by_rank, _ = results(ranks)
+    assert (reference_curve(torch.float64)[:, 1] > CLIP).sum() > 10  # clipping is active
+    for curves in by_rank["curves"]:
         for name, curve in curves.items():
             if name.startswith(f"{strategy}-") and name.endswith("fp32"):
                 dtype = torch.float64 if "float64" in name else torch.float32
                 # Adam enlarges rounding: in fp32 the norms drift apart (2e-5 by step 14) long before the losses do.
                 columns = 1 if dtype == torch.float32 else 2
-                ours, plain = np.array(curve)[:, :columns], plain_curve(dtype)[:, :columns]
-                np.testing.assert_allclose(ours, plain, rtol=TOLERANCE[dtype], err_msg=name)
+                actual, expected = np.array(curve)[:, :columns], reference_curve(dtype)[:, :columns]
+                np.testing.assert_allclose(actual, expected, rtol=TOLERANCE[dtype], err_msg=name)
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), LAYOUTS)
-def test_bf16_stays_near_fp32_on_every_layout(ranks: int, strategy: str) -> None:
-    found, _ = results(ranks)
-    for curves in found["curves"]:
+def test_bf16_stays_close_to_fp32_on_every_layout(ranks: int, strategy: str) -> None:
+    by_rank, _ = results(ranks)
+    for curves in by_rank["curves"]:
         curve = np.array(curves[f"{strategy}-8-torch.float32-bf16"])[:, 0]
-        expected = plain_curve(torch.float32)[:, 0]
+        expected = reference_curve(torch.float32)[:, 0]
         np.testing.assert_allclose(curve, expected, rtol=5e-3)
-        assert not np.allclose(curve, expected, rtol=1e-6)  # it is bf16
+        assert not np.allclose(curve, expected, rtol=1e-6)  # it really is bf16
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_one_all_reduce_per_bucket_and_update_however_many_micro_steps(ranks: int) -> None:
-    found, _ = results(ranks)
-    for counted in found["reductions"]:
-        assert counted["micro_steps"] == 3
-        assert counted["buckets"] > 1
-        assert counted["per_update"] == [counted["buckets"]] * 3
+def test_ddp_reduces_each_bucket_once_per_update(ranks: int) -> None:
+    by_rank, _ = results(ranks)
+    for counts in by_rank["reductions"]:
+        assert counts["micro_steps"] == 3
+        assert counts["buckets"] > 1
+        assert counts["per_update"] == [counts["buckets"]] * 3
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_fsdp_exchanges_what_its_settings_say(ranks: int) -> None:
-    """Two layers and what is outside them are three units; an update has four micro-steps."""
-    units, micro_steps, kept_whole = 3, 4, 1
-    found, _ = results(ranks)
-    for counted in found["exchanges"]:
-        for reduce_each in (False, True):
+def test_fsdp_settings_determine_the_number_of_collectives(ranks: int) -> None:
+    """Two blocks and the root are three FSDP units, of which the root stays gathered; an update has 4 micro-steps."""
+    units, micro_steps, kept_gathered = 3, 4, 1
+    by_rank, _ = results(ranks)
+    for by_setting in by_rank["collectives"]:
+        for sync_each in (False, True):
             for reshard in (False, True):
-                counts = counted[f"{reduce_each}-{reshard}"]
-                gathers = micro_steps * (2 * units - kept_whole) if reshard else units
+                counts = by_setting[f"{sync_each}-{reshard}"]
+                gathers = micro_steps * (2 * units - kept_gathered) if reshard else units
                 assert counts["c10d::_allgather_base_"] == gathers
-                assert counts["c10d::_reduce_scatter_base_"] == units * (micro_steps if reduce_each else 1)
+                assert counts["c10d::_reduce_scatter_base_"] == units * (micro_steps if sync_each else 1)
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), LAYOUTS)
-def test_initial_weights_are_the_same_and_a_rank_holds_its_share(ranks: int, strategy: str) -> None:
-    work = Work(Sizes(N_VOCAB, 21, 3, SEQ_LEN, 2), BatchPlan(SEQUENCES, 8, ranks), SEQ_LEN, bf16=False)
-    whole = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in small_model().parameters())).hexdigest()
-    shards = {"fsdp": ranks, "hsdp": ranks // 2}.get(strategy, 1)
-    plan = memory(work, Layout(strategy, ranks, shards))
-    found, _ = results(ranks)
-    rows = [row[strategy] for row in found["held"]]
-    assert {row["initial"] for row in rows} == {whole}
-    for part in ("weights", "moments"):
-        assert max(row[part] for row in rows) == plan[part]  # the plan on paper, to the byte
-    assert max(row["gradients"] for row in rows) == plan["weights"]
+def test_initial_weights_are_identical_and_a_rank_holds_its_share(ranks: int, strategy: str) -> None:
+    expected = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in small_model().parameters())).hexdigest()
+    shard_size = {"fsdp": ranks, "hsdp": ranks // 2}.get(strategy, 1)
+    estimate = estimate_memory(workload(BatchPlan(SEQUENCES, 8, ranks)), ParallelLayout(strategy, ranks, shard_size))
+    by_rank, _ = results(ranks)
+    rows = [row[strategy] for row in by_rank["memory"]]
+    assert {row["initial"] for row in rows} == {expected}
+    assert max(row["weights"] for row in rows) == estimate["weights"]  # the estimate is exact, to the byte
+    assert max(row["moments"] for row in rows) == estimate["optimizer state"]
+    assert max(row["gradients"] for row in rows) == estimate["weights"]
+
+
+def workload(batch: BatchPlan) -> StepWorkload:
+    """A step of `small_model` in fp32."""
+    model = GPT2Config(n_embd=21, n_head=3, n_positions=SEQ_LEN, n_layer=2)
+    return StepWorkload(model, N_VOCAB, batch, SEQ_LEN, "fp32")
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), LAYOUTS)
-def test_a_nan_gradient_on_one_rank_leaves_all_weights_as_they_are(ranks: int, strategy: str) -> None:
-    found, _ = results(ranks)
-    for seen in (row[strategy] for row in found["nan_gradient"]):
-        assert seen["after"] == seen["before"]
-        assert np.isfinite(seen["later"]) and seen["later"] != seen["before"]
+def test_a_nan_gradient_on_one_rank_changes_no_weight_under_any_optimizer(ranks: int, strategy: str) -> None:
+    by_rank, _ = results(ranks)
+    for row in by_rank["nan_gradient"]:
+        for optimizer in ("adamw", "sgd"):
+            weights = row[f"{strategy}-{optimizer}"]
+            assert weights["after"] == weights["before"]
+            assert np.isfinite(weights["later"]) and weights["later"] != weights["before"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_each_block_is_one_graph(strategy: str) -> None:
+    """One graph of a block serves both; another is the cross-entropy's."""
+    by_rank, _ = results(2)
+    assert [row[strategy] for row in by_rank["compiled_graphs"]] == [2, 2]
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_a_checkpoint_of_any_strategy_goes_on_under_any_other(ranks: int) -> None:
+def test_the_mesh_numbers_data_parallel_ranks_in_order(ranks: int) -> None:
+    by_rank, _ = results(ranks)
+    for rank, by_shard_size in enumerate(by_rank["mesh"]):
+        assert by_shard_size and all(pair == [rank, ranks] for pair in by_shard_size)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_checkpoint_of_any_strategy_resumes_under_any_other(ranks: int) -> None:
     """Two steps with a save, and a load into a new model, between them."""
-    _, expected = plain_training(torch.float32, 2)
-    found, _ = results(ranks)
-    for row in found["saved"]:
+    _, expected = reference_training(torch.float32, 2)
+    by_rank, _ = results(ranks)
+    for row in by_rank["checkpoints"]:
         sums = list(row.values())
         assert len(sums) == 2 * len(strategies(ranks)) ** 2
         assert sums == pytest.approx([expected] * len(sums), rel=1e-6)
         for name in list(row)[::2]:
-            assert row[f"{name} trained"] == pytest.approx(row[name], rel=1e-12)
+            assert row[f"{name} exported"] == pytest.approx(row[name], rel=1e-12)
 
 
-def config(tmp_path: Path, *overrides: str) -> configs.Config:
+def config(tmp_path: Path, *overrides: str) -> Config:
     file = tmp_path / "c.yaml"
     file.write_text(
         "output_dir: out\nmodel_config: {n_embd: 64, n_head: 4, n_positions: 64, n_layer: 2}\nbatch_size: 8\n"
         "seq_len: 64\nnum_warmup_steps: 0\nnum_training_steps: 10\nmin_lr: 0\nmax_lr: 1e-3\n"
     )
-    return configs.load(file, overrides)
+    return load_config(file, overrides)
 
 
-class Ranks(worlds.World):
-    """What a rank of four with a little memory would see; nothing is communicated."""
+class FakeRanks(DistributedContext):
+    """What a rank of several with a given memory would see; nothing is communicated."""
 
-    grouped = True
+    is_distributed = True
     memory_bytes = 0
 
-    def gather(self, value: Any) -> list[Any]:
-        return [value] * self.size
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return [value] * self.world_size
 
 
-def layout(tmp_path: Path, memory_gb: float, *overrides: str, size: int = 4) -> Layout:
-    world = Ranks(rank=0, size=size, local_size=2, device=torch.device("cpu"), threads=1)
-    object.__setattr__(world, "memory_bytes", int(memory_gb * 1e9))
-    return decide(config(tmp_path, "compile=off", "precision=fp32", *overrides), 50257, world).layout
+def fake_ranks(world_size: int, local_world_size: int, memory_bytes: int = 0) -> FakeRanks:
+    """Rank 0 of so many."""
+    context = FakeRanks(
+        rank=0,
+        world_size=world_size,
+        local_world_size=local_world_size,
+        device=torch.device("cpu"),
+        num_threads=1,
+    )
+    object.__setattr__(context, "memory_bytes", memory_bytes)
+    return context
 
 
-def test_auto_spreads_the_model_only_when_it_must(tmp_path: Path) -> None:
-    assert layout(tmp_path, 100, size=1) == Layout("none", 1)
-    assert layout(tmp_path, 100) == Layout("ddp", 4)
-    assert layout(tmp_path, 0.1) == Layout("fsdp", 4, 4, reduce_each=True)
-    assert layout(tmp_path, 0.1, "parallel.strategy=ddp") == Layout("ddp", 4)
+def layout(tmp_path: Path, memory_gb: float, *overrides: str, world_size: int = 4) -> ParallelLayout:
+    """The layout that ranks with so much memory resolve."""
+    context = fake_ranks(world_size, 2, int(memory_gb * 1e9))
+    return resolve_runtime(config(tmp_path, "compile=off", "precision=fp32", *overrides), 50257, context).layout
 
 
-def test_the_config_decides_the_layout(tmp_path: Path) -> None:
+def test_auto_shards_only_when_memory_requires_it(tmp_path: Path) -> None:
+    assert layout(tmp_path, 100, world_size=1) == ParallelLayout("none", 1)
+    assert layout(tmp_path, 100) == ParallelLayout("ddp", 4)
+    assert layout(tmp_path, 0.1) == ParallelLayout("fsdp", 4, 4, sync_each_micro_step=True)
+    assert layout(tmp_path, 0.1, "parallel.strategy=ddp") == ParallelLayout("ddp", 4)
+
+
+def test_the_config_determines_the_layout(tmp_path: Path) -> None:
     fsdp = "parallel.strategy=fsdp"
-    assert layout(tmp_path, 100, fsdp) == Layout("fsdp", 4, 4)
-    assert layout(tmp_path, 100, fsdp, "parallel.reduce_gradients=each") == Layout("fsdp", 4, 4, reduce_each=True)
-    assert layout(tmp_path, 0.1, fsdp, "parallel.reduce_gradients=last") == Layout("fsdp", 4, 4)
-    kept = Layout("fsdp", 4, 4, reshard_after_forward=False)
-    assert layout(tmp_path, 100, fsdp, "parallel.reshard_after_forward=false") == kept
-    recomputed = Layout("fsdp", 4, 4, activation_checkpointing="full")
+    assert layout(tmp_path, 100, fsdp) == ParallelLayout("fsdp", 4, 4)
+    assert layout(tmp_path, 100, fsdp, "parallel.grad_sync=each") == ParallelLayout(
+        "fsdp", 4, 4, sync_each_micro_step=True
+    )
+    assert layout(tmp_path, 0.1, fsdp, "parallel.grad_sync=last") == ParallelLayout("fsdp", 4, 4)
+    gathered = ParallelLayout("fsdp", 4, 4, reshard_after_forward=False)
+    assert layout(tmp_path, 100, fsdp, "parallel.reshard_after_forward=false") == gathered
+    recomputed = ParallelLayout("fsdp", 4, 4, activation_checkpointing="full")
     assert layout(tmp_path, 100, fsdp, "activation_checkpointing=full") == recomputed
     hsdp = "parallel.strategy=hsdp"
-    assert layout(tmp_path, 100, hsdp) == Layout("hsdp", 4, 2)  # the ranks of one machine
-    assert layout(tmp_path, 100, hsdp, "parallel.shard_ranks=4") == Layout("hsdp", 4, 4)
+    assert layout(tmp_path, 100, hsdp) == ParallelLayout("hsdp", 4, 2)  # the ranks of one node
+    assert layout(tmp_path, 100, hsdp, "parallel.shard_size=4") == ParallelLayout("hsdp", 4, 4)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (("parallel.strategy=none",), "got none with 4 ranks, expected ddp, fsdp or hsdp"),
-        (("parallel.strategy=hsdp", "parallel.shard_ranks=3"), "got 3 with 4 ranks, expected a divisor of 4"),
-        (("parallel.strategy=hsdp", "parallel.shard_ranks=8"), "got 8 with 4 ranks, expected a divisor of 4"),
-        (("parallel.shard_ranks=2",), "got 2 with parallel.strategy = auto, expected strategy hsdp"),
+        (("parallel.strategy=hsdp", "parallel.shard_size=3"), "got 3 with 4 ranks, expected a divisor of 4"),
+        (("parallel.strategy=hsdp", "parallel.shard_size=8"), "got 8 with 4 ranks, expected a divisor of 4"),
+        (("parallel.shard_size=2",), "got 2 with parallel.strategy = auto, expected strategy hsdp"),
     ],
 )
-def test_a_strategy_that_the_ranks_do_not_suit_is_refused(
+def test_a_strategy_that_these_ranks_cannot_run_is_refused(
     tmp_path: Path, overrides: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         layout(tmp_path, 100, *overrides)
 
 
-def test_sharding_without_torchrun_is_refused_even_if_it_was_decided_before(tmp_path: Path) -> None:
+def test_sharding_without_torchrun_is_refused_also_on_resume(tmp_path: Path) -> None:
     message = "got fsdp without torchrun, expected auto or none"
     with pytest.raises(ConfigError, match=message):
-        decide(config(tmp_path, "compile=off", "parallel.strategy=fsdp"), 257, ALONE)
+        resolve_runtime(config(tmp_path, "compile=off", "parallel.strategy=fsdp"), 257, SINGLE_PROCESS)
     with pytest.raises(ConfigError, match=message):
-        decide(config(tmp_path, "compile=off"), 257, ALONE, Execution("fp32", False, "cpu", Layout("fsdp", 1)))
+        previous = RuntimeConfig("fp32", False, "cpu", ParallelLayout("fsdp", 1))
+        resolve_runtime(config(tmp_path, "compile=off"), 257, SINGLE_PROCESS, previous)
 
 
-def dropout_gradient(how: Execution, n_embd: int = 21, masked: bool = False) -> dict[str, np.ndarray]:
-    """Of one batch with dropout on, drawn from the same seed each time; in fp64 unless the execution is in bf16."""
+def dropout_gradient(runtime: RuntimeConfig, n_embd: int = 21, masked: bool = False) -> dict[str, np.ndarray]:
+    """Of one batch with dropout on, always drawn from the same seed; in fp64 unless the precision is bf16."""
     torch._dynamo.reset()
     end_of_text = END_OF_TEXT if masked else None
-    model = DecoderLM(N_VOCAB, n_embd, 3, SEQ_LEN, 2, p_dropout=0.3, seed=3, end_of_text=end_of_text)
-    running = parallelize(model if how.precision == "bf16" else model.double(), ALONE, how)
+    base_model = small_model(n_embd=n_embd, end_of_text=end_of_text, runtime=runtime, p_dropout=0.3)
+    model = parallelize(base_model if runtime.precision == "bf16" else base_model.double(), SINGLE_PROCESS, runtime)
     seed_dropout(0, 1, 0)
     batch = whole_batch(5)
-    return gradient(model, running(batch.ids_BT, targets_BT=batch.targets_BT))
+    with runtime.autocast():
+        loss = model(batch.ids_BT, targets=batch.targets_BT)
+    return gradient(base_model, loss)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_neither_recomputation_nor_compilation_changes_dropout(masked: bool) -> None:
-    expected = dropout_gradient(Execution("fp32", False, "cpu"), masked=masked)
+def test_activation_checkpointing_and_compilation_keep_dropout(masked: bool) -> None:
+    expected = dropout_gradient(RuntimeConfig("fp32", False, "cpu"), masked=masked)
     for compiled, kind in ((False, "full"), (False, "selective"), (True, "none" if masked else "selective")):
-        how = Execution("fp32", compiled, "cpu", Layout(activation_checkpointing=kind))
-        for name, value in dropout_gradient(how, masked=masked).items():
+        runtime = RuntimeConfig("fp32", compiled, "cpu", ParallelLayout(activation_checkpointing=kind))
+        for name, value in dropout_gradient(runtime, masked=masked).items():
             np.testing.assert_allclose(value, expected[name], 0, 1e-12 * np.abs(expected[name]).max(), err_msg=name)
 
 
-def test_compiled_bf16_is_near_bf16() -> None:
+def test_compiled_bf16_is_close_to_eager_bf16() -> None:
     """With heads wide enough for attention by matmuls."""
-    expected = dropout_gradient(Execution("bf16", False, "cpu"), n_embd=96)
-    for name, value in dropout_gradient(Execution("bf16", True, "cpu"), n_embd=96).items():
+    expected = dropout_gradient(RuntimeConfig("bf16", False, "cpu"), n_embd=96)
+    for name, value in dropout_gradient(RuntimeConfig("bf16", True, "cpu"), n_embd=96).items():
         assert np.linalg.norm(value - expected[name]) < 0.02 * np.linalg.norm(expected[name]), name
 
 
-def test_what_a_run_had_decided_is_used_again(tmp_path: Path) -> None:
-    kept = Execution("bf16", True, "cpu", Layout("ddp", ranks=4))
-    world = Ranks(rank=0, size=4, local_size=4, device=torch.device("cpu"), threads=1)
-    assert decide(config(tmp_path), 50257, world, kept) == kept
-    alone = Ranks(rank=0, size=1, local_size=1, device=torch.device("cpu"), threads=1)
-    elsewhere = decide(config(tmp_path), 50257, alone, kept)
-    assert (elsewhere.precision, elsewhere.compile, elsewhere.layout.strategy) == ("bf16", True, "none")
+def test_a_resumed_run_uses_what_it_had_resolved(tmp_path: Path) -> None:
+    previous = RuntimeConfig("bf16", True, "cpu", ParallelLayout("ddp", world_size=4))
+    assert resolve_runtime(config(tmp_path), 50257, fake_ranks(4, 4), previous) == previous
+    on_one_rank = resolve_runtime(config(tmp_path), 50257, fake_ranks(1, 1), previous)
+    assert (on_one_rank.precision, on_one_rank.compile, on_one_rank.layout.strategy) == ("bf16", True, "none")
 
 
-def test_traffic_on_paper_is_what_rings_send() -> None:
-    sizes = Sizes(N_VOCAB, 21, 3, SEQ_LEN, 2)
-    work = Work(sizes, BatchPlan(8, 1, 2), SEQ_LEN, bf16=False)
-    whole = 4 * sizes.stored()
-    assert traffic(work, Layout("ddp", 2)) == whole
-    outer = 4 * sum(int(np.prod(shape)) for shape in sizes.outer_shapes)
-    fsdp = functools.partial(Layout, "fsdp", 2, 2)
+def test_estimated_communication_is_what_ring_algorithms_send() -> None:
+    step = workload(BatchPlan(8, 1, 2))
+    whole, root = 4 * step.sharded_numel(), 4 * step.non_block_numel
     micro_steps = 4
-    assert traffic(work, Layout("ddp", 2, reduce_dtype="bf16")) == whole / 2
-    assert traffic(work, fsdp(reduce_dtype="bf16")) == (micro_steps * (2 * whole - outer) + whole / 2) / 2
-    assert traffic(work, fsdp()) == (micro_steps * (2 * whole - outer) + whole) / 2
-    assert traffic(work, fsdp(reshard_after_forward=False)) == (whole + whole) / 2
-    assert traffic(work, fsdp(reduce_each=True)) == (micro_steps * (2 * whole - outer) + 4 * whole) / 2
+    ddp = functools.partial(ParallelLayout, "ddp", 2)
+    fsdp = functools.partial(ParallelLayout, "fsdp", 2, 2)
+    assert comm_bytes(step, ddp()) == whole
+    assert comm_bytes(step, ddp(reduce_dtype="bf16")) == whole / 2
+    assert comm_bytes(step, fsdp(reduce_dtype="bf16")) == (micro_steps * (2 * whole - root) + whole / 2) / 2
+    assert comm_bytes(step, fsdp()) == (micro_steps * (2 * whole - root) + whole) / 2
+    assert comm_bytes(step, fsdp(reshard_after_forward=False)) == (whole + whole) / 2
+    assert comm_bytes(step, fsdp(sync_each_micro_step=True)) == (micro_steps * (2 * whole - root) + 4 * whole) / 2

@@ -1,0 +1,45 @@
+"""Which implementation of attention, GELU and cross-entropy a model runs: chosen once, by name, before it is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIN_SDPA_BF16_HEAD_SIZE, MAX_MATMUL_ATTENTION_SEQ_LEN = 32, 512
+"""On the CPU in bf16, smaller heads are faster in fp32, and up to this length larger ones are faster as two matmuls if
+compiled (bench/README.md)."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Names of implementations. All compute the same function; they differ in speed, memory and rounding."""
+
+    attention: str = "sdpa"
+    """A key of `attention.ATTENTION`."""
+    gelu: str = "tanh"
+    """A key of `gpt2.GELU`."""
+    cross_entropy: str = "full"
+    """A key of `cross_entropy.CROSS_ENTROPY`."""
+
+    def describe(self) -> str:
+        """The names that matter to users, for the run header."""
+        return f"attention {self.attention}, cross-entropy {self.cross_entropy}"
+
+
+def resolve_kernels(
+    device_type: str, precision: str, compiled: bool, blocks_compiled: bool, head_size: int, seq_len: int
+) -> Kernels:
+    """The fastest implementations for a device, a precision, and what is compiled.
+
+    `blocks_compiled` tells about the transformer blocks; `compiled` about everything else that can be.
+    """
+    if device_type != "cpu":
+        return Kernels(gelu="sigmoid" if blocks_compiled else "tanh")
+    attention = "sdpa"
+    if precision == "bf16" and head_size < MIN_SDPA_BF16_HEAD_SIZE:
+        attention = "sdpa-fp32"
+    elif precision == "bf16" and blocks_compiled and seq_len <= MAX_MATMUL_ATTENTION_SEQ_LEN:
+        attention = "matmul"
+    cross_entropy = "chunked" if precision == "bf16" else "full"
+    if compiled:
+        cross_entropy = "chunked-compiled"
+    return Kernels(attention, "sigmoid" if blocks_compiled else "tanh", cross_entropy)

@@ -1,0 +1,1 @@
+"""The optimizers, one file each (`config.OPTIMIZERS` lists them), and the learning-rate schedules."""

@@ -1,0 +1,1 @@
+"""What happens in a training run: the optimizer step, its state, and what is logged about it."""
