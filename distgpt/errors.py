@@ -116,7 +116,8 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> int:
         code, text = explained
         if is_local_rank0() or not getattr(error, "on_all_ranks", False):
             rank = "" if is_local_rank0() else f"rank {os.environ.get('RANK', '?')}: "
-            print("\n".join(f"distgpt: error: {rank}{one_line(line)}" for line in text.split("\n")), file=sys.stderr)
+            lines = [f"distgpt: error: {rank}{one_line(line)}\n" for line in text.split("\n")]
+            print("".join(lines), end="", file=sys.stderr)  # in one write: lines of several ranks must not mix
         return code
     except KeyboardInterrupt:
         if is_local_rank0():

@@ -78,6 +78,7 @@ class TrainingRun:
 
     def evaluate(self, step: int) -> None:
         """Run the evaluations on the first `eval.max_tokens` validation tokens. Every rank calls."""
+        self.watchdog.step = step  # a stop between validation batches reports it
         inputs = dataclasses.replace(self.eval_inputs, max_tokens=self.config.eval.max_tokens)
         numbers = run_evaluations(inputs)
         self.logger.log_evaluation(step, numbers)

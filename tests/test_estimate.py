@@ -110,7 +110,7 @@ def test_sharding_saves_memory_and_reducing_often_saves_more() -> None:
     assert resolve_grad_sync(XL, fsdp, "auto", 80e9) == fsdp and resolve_grad_sync(XL, fsdp, "auto", 30e9) == each
 
 
-def test_the_estimate_is_printed_and_shown_in_the_readme(run: Run, tmp_path: Path) -> None:
+def test_the_estimate_is_printed_as_the_docs_show(run: Run, tmp_path: Path) -> None:
     done = run("config", REPO / "configs/GPT-xl.yaml", "--estimate", "--ranks", "64", "--gpu-memory", "141")
     assert done.returncode == 0, done.stderr
     lines = {line[:24].strip(): line[24:].split() for line in done.stdout.splitlines()}
@@ -119,7 +119,7 @@ def test_the_estimate_is_printed_and_shown_in_the_readme(run: Run, tmp_path: Pat
     for column, total in enumerate(lines["total"]):
         assert sum(float(lines[part][column]) for part in parts) == pytest.approx(float(total), rel=0.01)
     assert lines["fits 141 GB"] == ["yes"] * 3
-    assert done.stdout.strip() in (REPO / "README.md").read_text()  # what the README shows is what it prints
+    assert done.stdout.strip() in (REPO / "docs" / "parallelism.md").read_text()  # what the docs show is what it prints
 
 
 @pytest.mark.parametrize(

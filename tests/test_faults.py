@@ -21,7 +21,7 @@ def read_table() -> list[tuple[int, list[str]]]:
     return [(int(row[0]), row[1:]) for row in cells]
 
 
-def tests_in(name: str) -> set[str]:
+def defined_tests(name: str) -> set[str]:
     """Names of the tests that a file defines."""
     path = TESTS / name
     statements = ast.parse(path.read_text(encoding="utf-8")).body if path.exists() else []
@@ -42,4 +42,4 @@ def test_every_row_names_existing_tests(number: int) -> None:
     tests = re.findall(r"`(test_\w+\.py)::(test_\w+)`", cells[2])
     assert tests and cells[2] == ", ".join(f"`{file}::{test}`" for file, test in tests)
     for file, test in tests:
-        assert test in tests_in(file), f"{file}::{test}"
+        assert test in defined_tests(file), f"{file}::{test}"

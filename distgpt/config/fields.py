@@ -12,8 +12,11 @@ and error messages show:
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 import types
 import typing
+from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
 from pydantic import ConfigDict, Field, JsonValue, Strict
@@ -42,6 +45,13 @@ def fields_of(section: type) -> dict[str, FieldInfo]:
     """A section's fields, in order of definition."""
     fields: dict[str, FieldInfo] = section.__pydantic_fields__  # type: ignore[attr-defined]
     return fields
+
+
+def union_of(members: Mapping[str, type], discriminator: str) -> Any:
+    """The type of a section that is one of `members`, told apart by the value of its key `discriminator`."""
+    first, *others = members.values()
+    union = functools.reduce(operator.or_, others, first)
+    return Annotated[union, Field(discriminator=discriminator)] if others else first
 
 
 def section_members(field: FieldInfo) -> tuple[type, ...]:

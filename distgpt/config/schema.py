@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from distgpt.config.fields import MUTABLE, SECTION, Fraction, Rate, Size, Steps, Text, fields_of, section_members
 from distgpt.models.config import ModelConfig
-from distgpt.optim.config import OptimizerConfig
+from distgpt.optim.config import AdamWConfig, OptimizerConfig
 from distgpt.optim.schedules import SCHEDULES, Schedule
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class Config:
     """Step at which the learning rate reaches min_lr, to stay there; null: num_training_steps."""
     lr_decay_fraction: Annotated[float, Strict(), Field(gt=0, le=1)] = Field(default=0.2, json_schema_extra=MUTABLE)
     """wsd: share of lr_decay_steps, at their end, in which the learning rate decays."""
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = Field(default_factory=AdamWConfig)
     """The optimizer and its settings."""
     precision: Literal["auto", "bf16", "tf32", "fp32"] = Field(default="auto", json_schema_extra=MUTABLE)
     """Precision of matrix multiplication; auto: bf16 if the hardware supports it natively, else fp32."""

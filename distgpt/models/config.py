@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, Strict
 from pydantic.dataclasses import dataclass
 
-from distgpt.config.fields import SECTION, Size
+from distgpt.config.fields import SECTION, Size, union_of
 from distgpt.models.kernels import Kernels
 
 if TYPE_CHECKING:
@@ -124,5 +124,8 @@ class GPT2Config:
 MODELS = {"gpt2": GPT2Config}
 """Every architecture by its `model_type`."""
 
-ModelConfig = GPT2Config
-"""The section `model_config`; with a second architecture, a union of them that pydantic tells apart by `model_type`."""
+if TYPE_CHECKING:
+    ModelConfig = GPT2Config
+else:
+    ModelConfig = union_of(MODELS, "model_type")
+"""The type of the section `model_config`."""

@@ -53,27 +53,25 @@ class Attention(nn.Module):
     def __init__(self, layer: int, n_embd: int, n_head: int, p_dropout: float, kernel: str) -> None:
         super().__init__()
         self.layer, self.n_head, self.p_dropout = layer, n_head, p_dropout
-        self.attend, self.upcast = ATTENTION[kernel], kernel == "sdpa-fp32"
+        self.attention_function, self.upcast = ATTENTION[kernel], kernel == "sdpa-fp32"
         self.qkv = nn.Linear(n_embd, 3 * n_embd)
         self.out = nn.Linear(n_embd, n_embd)
 
-    def forward(
-        self, x_BTD: Tensor, mask_BNTS: Tensor | None, cache: KVCache | None, documents: DocumentIndex | None
+    def attend(
+        self, qkv_BTX: Tensor, mask_BNTS: Tensor | None, cache: KVCache | None, documents: DocumentIndex | None
     ) -> Tensor:
+        """The attention outputs BTD of queries, keys and values (X = 3 N H): what is between the two projections."""
         p_dropout = self.p_dropout if self.training else 0.0
-        qkv_BTX = self.qkv(x_BTD)  # X = 3 N H
         if self.upcast:
             qkv_BTX = qkv_BTX.float()
         if documents is not None:
-            y_BTD = document_attention(documents, qkv_BTX, self.n_head, p_dropout)
-        else:
-            q_BNTH, k_BNSH, v_BNSH = rearrange(qkv_BTX, "B T (qkv N H) -> qkv B N T H", qkv=3, N=self.n_head)
-            if cache is not None:
-                k_BNSH, v_BNSH = cache.append(self.layer, k_BNSH, v_BNSH)
-            y_BNTH = self.attend(q_BNTH, k_BNSH, v_BNSH, mask_BNTS, p_dropout)
-            y_BTD = rearrange(y_BNTH, "B N T H -> B T (N H)")
-        out_BTD: Tensor = self.out(y_BTD)
-        return out_BTD
+            y_BTD: Tensor = document_attention(documents, qkv_BTX, self.n_head, p_dropout)
+            return y_BTD
+        q_BNTH, k_BNSH, v_BNSH = rearrange(qkv_BTX, "B T (qkv N H) -> qkv B N T H", qkv=3, N=self.n_head)
+        if cache is not None:
+            k_BNSH, v_BNSH = cache.append(self.layer, k_BNSH, v_BNSH)
+        y_BNTH = self.attention_function(q_BNTH, k_BNSH, v_BNSH, mask_BNTS, p_dropout)
+        return rearrange(y_BNTH, "B N T H -> B T (N H)")
 
 
 class Block(nn.Module):
@@ -96,7 +94,9 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         documents: DocumentIndex | None = None,
     ) -> Tensor:
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), mask_BNTS, cache, documents))
+        qkv_BTX = self.attention.qkv(self.attention_norm(x_BTD))
+        y_BTD = self.attention.attend(qkv_BTX, mask_BNTS, cache, documents)  # over documents, compiled code breaks here
+        x_BTD = x_BTD + self.dropout(self.attention.out(y_BTD))
         h_BTF = self.gelu(self.mlp_up(self.mlp_norm(x_BTD)))
         x_BTD = x_BTD + self.dropout(self.mlp_down(h_BTF))
         return x_BTD

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, Strict
 from pydantic.dataclasses import dataclass
 
-from distgpt.config.fields import SECTION, Fraction, Rate
+from distgpt.config.fields import SECTION, Fraction, Rate, union_of
 
 if TYPE_CHECKING:
     import torch
@@ -46,5 +46,8 @@ class AdamWConfig:
 OPTIMIZERS = {"adamw": AdamWConfig}
 """Every optimizer by its name."""
 
-OptimizerConfig = AdamWConfig
-"""The section `optimizer`; with a second optimizer, a union of them that pydantic tells apart by `name`."""
+if TYPE_CHECKING:
+    OptimizerConfig = AdamWConfig
+else:
+    OptimizerConfig = union_of(OPTIMIZERS, "name")
+"""The type of the section `optimizer`."""
