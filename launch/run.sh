@@ -2,8 +2,8 @@
 # Train on this machine: one rank per GPU, or one process on the CPU.
 #   ./launch/run.sh configs/GPT-tiny.yaml [key=value ...] [--fresh]
 #   NPROC=4 ./launch/run.sh ...    picks the number of ranks
-# Exit codes: 0 finished, 75 stopped with everything saved (SIGTERM, SIGINT, SIGUSR1, SIGUSR2, max_minutes); the README
-# lists the others.
+# Exit codes: 0 finished, 75 stopped with everything saved (SIGTERM, SIGINT, SIGUSR1, SIGUSR2, max_minutes);
+# docs/resuming.md lists the others.
 set -euo pipefail
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 bash "$launch/setup.sh"
