@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import distgpt  # noqa: F401  # sets torch's allocator before torch loads
-from distgpt.models.attention import matmul_attention, sdpa
+from distgpt.models.attention_kernels import matmul_attention, sdpa
 
 SHAPES = {"A": (32, 2, 128, 16), "B": (8, 6, 256, 64)}
 SHAPES |= {f"T={T} H={H}": (2048 // T, 6, T, H) for T in (128, 256, 512, 1024) for H in (16, 32, 64)}

@@ -17,7 +17,6 @@ import torch
 from distgpt.checkpoint.weights import build_model
 from distgpt.config.loader import load_config
 from distgpt.data.dataloader import TrainLoader
-from distgpt.data.dataset import num_windows
 from distgpt.data.sampler import BatchPlan, Sampler
 from distgpt.distributed.context import init_distributed
 from distgpt.distributed.parallelize import parallelize
@@ -52,8 +51,8 @@ def run(steps: int, dtype: torch.dtype, output: Path, overrides: list[str]) -> N
     model = parallelize(base_model, context, runtime)
     optimizer = config.optimizer.build(base_model)
     plan = BatchPlan.from_config(config, context.dp_size)
-    sampler = Sampler(num_windows(len(inputs.dataset.train), config.seq_len), config.seed, plan, context.dp_rank)
-    loader = TrainLoader(inputs.dataset.train, n_vocab, config.seq_len, sampler)
+    windows = inputs.dataset.train_windows(config.seq_len, n_vocab)
+    loader = TrainLoader(windows, Sampler(len(windows), config.seed, plan, context.dp_rank))
     settings = StepSettings(config.tokens_per_step, config.optimizer.grad_clip, context.dp_size, runtime)
     rows = []
     for step in range(steps):

@@ -17,10 +17,10 @@ from bench.contest import BETAS, EPS, GRAD_CLIP, LEARNING_RATE, VOCAB, WEIGHT_DE
 from distgpt.config.loader import load_config
 from distgpt.config.schema import Config
 from distgpt.data.dataloader import TrainLoader
-from distgpt.data.dataset import num_windows
+from distgpt.data.dataset import TokenWindows
 from distgpt.data.sampler import BatchPlan, Sampler
 from distgpt.data.token_files import open_token_file
-from distgpt.models.config import GPT2Config
+from distgpt.models.architectures import GPT2Config
 
 SHAPES = {
     "A": Shape(layers=2, heads=2, width=32, positions=128, sequences=32),  # configs/GPT-tiny.yaml
@@ -118,8 +118,10 @@ def _write_batches(folder: Path, config: Config) -> float:
     """Write the sequences of all updates in the order in which distgpt reads them; returns the median time per read."""
     steps, T = config.num_training_steps, config.seq_len
     tokens = open_token_file(folder / "tokens.npz")["train"]
-    sampler = Sampler(num_windows(len(tokens), T), config.seed, BatchPlan.from_config(config, dp_size=1), dp_rank=0)
-    loader = TrainLoader(tokens, VOCAB, T, sampler)
+    windows = TokenWindows(tokens, T, VOCAB)
+    loader = TrainLoader(
+        windows, Sampler(len(windows), config.seed, BatchPlan.from_config(config, dp_size=1), dp_rank=0)
+    )
     batches = np.empty((steps, config.sequences_per_step, T + 1), dtype=np.uint16)
     times = []
     for step in range(steps):

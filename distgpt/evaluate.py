@@ -25,7 +25,7 @@ from distgpt.distributed.parallelize import parallelize
 from distgpt.distributed.runtime import RuntimeConfig, resolve_precision
 from distgpt.errors import ArgumentParser, DataError, exit_process, path_argument, run_command
 from distgpt.models.cross_entropy import IGNORE_INDEX
-from distgpt.models.gpt2 import DecoderLM
+from distgpt.models.language_model import LanguageModel
 from distgpt.training.metrics import EvalResult
 
 
@@ -33,7 +33,7 @@ from distgpt.training.metrics import EvalResult
 class EvalInputs:
     """What an evaluation works on."""
 
-    model: DecoderLM
+    model: LanguageModel
     tokens: TokenArray
     """The held-out stream."""
     tokenizer: Tokenizer
@@ -79,22 +79,18 @@ def evaluate(inputs: EvalInputs) -> EvalResult:
     return EvalResult(float(context.all_reduce_sum(loss_sum)) / num_targets, num_targets, num_bytes)
 
 
-def _validation(inputs: EvalInputs) -> Mapping[str, float]:
-    """Loss and perplexity on validation tokens."""
-    return evaluate(inputs).numbers()
+EVALUATIONS: dict[str, Callable[[EvalInputs], Mapping[str, float]]] = {}
+"""Evaluations besides the validation loss, by name: every `eval.every` steps of training, and at its end. Each is a
+function that every rank calls and that returns named numbers, the same on every rank, which are logged."""
 
 
-EVALUATIONS: dict[str, Callable[[EvalInputs], Mapping[str, float]]] = {"validation": _validation}
-"""What is evaluated every `eval.every` steps of training. Each entry is a function that every rank calls and that
-returns named numbers, the same on every rank; they are logged under these names."""
-
-
-def run_evaluations(inputs: EvalInputs) -> dict[str, float]:
-    """The numbers of all EVALUATIONS. Every rank calls."""
+def run_evaluations(inputs: EvalInputs) -> tuple[EvalResult, dict[str, float]]:
+    """The validation result, and the numbers of all EVALUATIONS. Every rank calls."""
+    result = evaluate(inputs)
     numbers: dict[str, float] = {}
     for evaluation in EVALUATIONS.values():
         numbers |= evaluation(inputs)
-    return numbers
+    return result, numbers
 
 
 def _open_held_out(source: str | None, config: Config, tokenizer: Tokenizer) -> tuple[TokenArray, str]:

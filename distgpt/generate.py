@@ -25,8 +25,8 @@ from distgpt.checkpoint.weights import load_model
 from distgpt.data.tokenizer import Tokenizer
 from distgpt.distributed.context import resolve_device
 from distgpt.errors import ArgumentParser, ConfigError, DataError, exit_process, path_argument, run_command
-from distgpt.models.gpt2 import DecoderLM
 from distgpt.models.kv_cache import KVCache
+from distgpt.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def prompt_generators(prompts: Sequence[Sequence[int]], seed: int) -> list[torch
 
 @torch.inference_mode()
 def generate(
-    model: DecoderLM,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     end_of_text: int,
     max_new_tokens: int,

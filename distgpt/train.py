@@ -32,7 +32,6 @@ from distgpt.config.help import config_parser
 from distgpt.config.loader import config_to_yaml, load_config
 from distgpt.config.schema import Config
 from distgpt.data.dataloader import TrainLoader
-from distgpt.data.dataset import num_windows
 from distgpt.data.sampler import ORDER_VERSION, BatchPlan, Sampler
 from distgpt.data.tokenizer import Tokenizer
 from distgpt.distributed.context import DistributedContext, init_distributed
@@ -42,7 +41,7 @@ from distgpt.distributed.parallelize import NamedValues, parallelize
 from distgpt.distributed.replica_check import check_replicas
 from distgpt.distributed.runtime import RuntimeConfig, resolve_runtime
 from distgpt.errors import NumericsError, exit_process, path_argument, run_command
-from distgpt.evaluate import EvalInputs, evaluate, run_evaluations
+from distgpt.evaluate import EvalInputs, run_evaluations
 from distgpt.optim.schedules import learning_rate
 from distgpt.resilience.preflight import RunInputs, changed_keys, find_latest_checkpoint, run_preflight
 from distgpt.resilience.watchdog import StopRequested, Watchdog
@@ -80,9 +79,9 @@ class TrainingRun:
         """Run the evaluations on the first `eval.max_tokens` validation tokens. Every rank calls."""
         self.watchdog.step = step  # a stop between validation batches reports it
         inputs = dataclasses.replace(self.eval_inputs, max_tokens=self.config.eval.max_tokens)
-        numbers = run_evaluations(inputs)
-        self.logger.log_evaluation(step, numbers)
-        self.state.progress.val_loss = numbers["val-loss"]
+        result, numbers = run_evaluations(inputs)
+        self.logger.log_evaluation(step, result.numbers() | numbers)
+        self.state.progress.val_loss = result.loss
 
     def save_checkpoint(self, step: int) -> None:
         """Compare the replicas, then save in the background. Every rank calls."""
@@ -147,8 +146,7 @@ def set_up(
     facts = _run_facts(config, inputs, runtime, context)
     progress = Progress.start(context.device)
     state = TrainState(ModelState(model), OptimizerState(model, optimizer), facts, progress)
-    if context.is_rank0:
-        _prepare_output_dir(output_dir, config, tokenizer, is_new=resume is None)
+    context.run_on_rank0(lambda: _prepare_output_dir(output_dir, config, tokenizer, is_new=resume is None))
     if resume:
         restore(resume, state, context)
 
@@ -159,14 +157,12 @@ def set_up(
         validated=progress.val_loss is not None,
         flops_per_token=config.model_config.flops_per_token(tokenizer.n_vocab, config.seq_len),
         peak_tflops=peak_tflops(context.device, runtime.precision),
-        run_id=facts.wandb_run_id,
+        run_id=facts.run_id,
     )
     logger.print(format_run_header(config, inputs, runtime, plan, context))
-    windows = num_windows(len(inputs.dataset.train), config.seq_len)
-    sampler = Sampler(windows, config.seed, plan, context.dp_rank)
-    loader = TrainLoader(
-        inputs.dataset.train, tokenizer.n_vocab, config.seq_len, sampler, end_of_text=base_model.end_of_text
-    )
+    windows = inputs.dataset.train_windows(config.seq_len, tokenizer.n_vocab)
+    sampler = Sampler(len(windows), config.seed, plan, context.dp_rank)
+    loader = TrainLoader(windows, sampler, end_of_text=base_model.end_of_text)
     eval_inputs = EvalInputs(
         base_model,
         inputs.dataset.val,
@@ -191,7 +187,7 @@ def set_up(
 def run_loop(run: TrainingRun) -> None:
     """Update, log, evaluate and save until the last step. Raises StopRequested, after saving, if asked to stop."""
     config, context, logger, progress = run.config, run.context, run.logger, run.state.progress
-    step, last_step = run.first_step, config.num_training_steps
+    step, last_step, schedule = run.first_step, config.num_training_steps, config.schedule
     settings = StepSettings(config.tokens_per_step, config.optimizer.grad_clip, context.dp_size, run.runtime)
     batches = run.loader.iterate(step, last_step, context.device)
     output_dir = Path(config.output_dir)
@@ -201,7 +197,7 @@ def run_loop(run: TrainingRun) -> None:
             run.evaluate(step)  # it was interrupted
         with StepProfiler(config.profile.steps, step, output_dir, context, logger.print, last_step) as profiler:
             while step < last_step:
-                lr = learning_rate(step, config.schedule)
+                lr = learning_rate(step, schedule)
                 for group in run.optimizer.param_groups:
                     group["lr"] = lr
                 step += 1
@@ -214,7 +210,7 @@ def run_loop(run: TrainingRun) -> None:
                     loss = float(context.all_reduce_sum(result.loss_sum)) / config.tokens_per_step
                     skipped, skipped_in_a_row = map(int, progress.skipped.tolist())
                     _check_finite(run.loader.sampler, step, loss, skipped_in_a_row)
-                    logger.log_step(step, loss, lr, float(result.grad_norm), skipped)
+                    logger.log_step(step, loss, lr, float(result.grad_norm), skipped, result.extra)
                 for warning in run.saver.drain_warnings():
                     logger.print(warning)
 
@@ -236,14 +232,15 @@ def finish(run: TrainingRun) -> None:
     """Evaluate on all validation tokens, and write the weights and `eval.json`. Every rank calls."""
     last_step, output_dir = run.config.num_training_steps, Path(run.config.output_dir)
     run.logger.log_memory(last_step, run.context.all_gather_object(run.context.peak_bytes))
-    result = evaluate(run.eval_inputs)
-    run.logger.log_evaluation(last_step, result.numbers())
-    results = {"step": last_step} | result.results()
+    result, numbers = run_evaluations(run.eval_inputs)
+    run.logger.log_evaluation(last_step, result.numbers() | numbers)
+    results = {"step": last_step} | result.results() | numbers
     run.saver.wait(last=True)
     save_weights(output_dir, run.eval_inputs.model, run.context)
     content = (json.dumps(results, indent=2) + "\n").encode()
     # The last file: with it, the run is finished.
     run.context.run_on_rank0(lambda: atomic_io.write_bytes(output_dir / "eval.json", content))
+    run.logger.save_file(output_dir / "eval.json")
     run.logger.print(json.dumps(results))
     run.logger.print(f"finished: {WEIGHTS_FILE}, eval.json and {METRICS_FILE} are in {output_dir}")
     run.logger.close()
@@ -270,8 +267,8 @@ def _previous_runtime(config: Config, resume: Checkpoint | None) -> RuntimeConfi
     """What the run being resumed had resolved, unless the config now asks for something else."""
     if resume is None:
         return None
-    changed_sections = {key.partition(".")[0] for key in changed_keys(config, resume)}
-    if changed_sections & {"precision", "compile", "parallel", "activation_checkpointing"}:
+    changed = changed_keys(config, resume).keys() - {"parallel.replica_check_every"}
+    if {key.partition(".")[0] for key in changed} & {"precision", "compile", "parallel", "activation_checkpointing"}:
         return None
     saved = resume.state["run"]["runtime"]
     if "layout" not in saved:  # saved before there was a choice of layouts
@@ -289,7 +286,7 @@ def _run_facts(config: Config, inputs: RunInputs, runtime: RuntimeConfig, contex
         platform=platform_facts(context),
         tokens=inputs.dataset.fingerprint,
         tokenizer=inputs.tokenizer.fingerprint,
-        wandb_run_id=secrets.token_hex(4),
+        run_id=secrets.token_hex(4),
     )
 
 

@@ -30,7 +30,7 @@ from distgpt.checkpoint import saver
 from distgpt.checkpoint.store import Checkpoint
 from distgpt.checkpoint.weights import WEIGHTS_FILE, save_weights
 from distgpt.data.dataloader import Batch, TrainLoader
-from distgpt.data.dataset import num_windows
+from distgpt.data.dataset import TokenWindows
 from distgpt.data.sampler import BatchPlan, Sampler
 from distgpt.data.token_files import TokenArray, open_token_file
 from distgpt.data.tokenizer import load_tokenizer
@@ -44,7 +44,7 @@ from distgpt.models import cross_entropy
 from distgpt.models.cross_entropy import IGNORE_INDEX
 from distgpt.models.gpt2 import DecoderLM
 from distgpt.models.kernels import resolve_kernels
-from distgpt.optim.config import AdamWConfig
+from distgpt.optim.optimizers import AdamWConfig
 from distgpt.training.state import ModelState, OptimizerState, Progress, RunFacts, TrainState
 from distgpt.training.step import StepSettings, seed_dropout, train_step, warm_up
 from tests.conftest import REPO, environment
@@ -121,9 +121,8 @@ def stream(folder: Path, length: int, n_vocab: int = N_VOCAB) -> TokenArray:
 
 def loader(folder: Path, rank: int, plan: BatchPlan, end_of_text: int | None = None) -> TrainLoader:
     """One rank's batches of the random stream."""
-    tokens = stream(folder, 999)
-    sampler = Sampler(num_windows(len(tokens), SEQ_LEN), 0, plan, rank)
-    return TrainLoader(tokens, N_VOCAB, SEQ_LEN, sampler, end_of_text)
+    windows = TokenWindows(stream(folder, 999), SEQ_LEN, N_VOCAB)
+    return TrainLoader(windows, Sampler(len(windows), 0, plan, rank), end_of_text)
 
 
 def standard_loader(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from distgpt.models.gpt2 import DecoderLM
-from distgpt.optim.config import AdamWConfig
+from distgpt.optim.optimizers import AdamWConfig
 
 
 def test_every_parameter_is_updated_once_and_only_matrices_decay() -> None:

@@ -22,8 +22,8 @@ from distgpt.config.schema import RENAMED_KEYS, Config, flatten, mutable_keys
 from distgpt.config.yaml_reader import join_key
 from distgpt.data.sampler import BatchPlan
 from distgpt.errors import ConfigError
-from distgpt.models.config import GPT2Config
-from distgpt.optim.config import AdamWConfig
+from distgpt.models.architectures import GPT2Config
+from distgpt.optim.optimizers import AdamWConfig
 from distgpt.optim.schedules import SCHEDULES, learning_rate
 from tests.conftest import REPO, Run, environment
 

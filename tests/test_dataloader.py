@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from distgpt.data.dataloader import TrainLoader, validation_batches
-from distgpt.data.dataset import num_windows
+from distgpt.data.dataset import TokenWindows, num_windows
 from distgpt.data.sampler import BatchPlan, Sampler
 from distgpt.data.token_files import TokenArray, open_token_file
 from distgpt.errors import DataError
@@ -28,8 +28,8 @@ def counting_tokens(folder: Path, length: int) -> TokenArray:
 
 
 def make_loader(tokens: TokenArray, seq_len: int, plan: BatchPlan, dp_rank: int = 0) -> TrainLoader:
-    sampler = Sampler(num_windows(len(tokens), seq_len), 0, plan, dp_rank)
-    return TrainLoader(tokens, 65_536, seq_len, sampler)
+    windows = TokenWindows(tokens, seq_len, 65_536)
+    return TrainLoader(windows, Sampler(len(windows), 0, plan, dp_rank))
 
 
 def counting_loader(folder: Path) -> TrainLoader:

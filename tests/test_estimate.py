@@ -24,8 +24,8 @@ from distgpt.distributed.estimate import (
 from distgpt.distributed.layout import ParallelLayout
 from distgpt.distributed.parallelize import parallelize
 from distgpt.distributed.runtime import RuntimeConfig
-from distgpt.models.config import GPT2Config
-from distgpt.models.gpt2 import DecoderLM
+from distgpt.models.architectures import GPT2Config
+from distgpt.models.language_model import LanguageModel
 from tests.conftest import REPO, Run
 from tests.ranks import SINGLE_PROCESS
 
@@ -51,7 +51,7 @@ def test_the_four_sizes_of_gpt2_are_the_published_ones(name: str) -> None:
     assert logits.shape == (2, 8, 50257)
 
 
-def saved_for_backward(model: DecoderLM, batch: int, seq_len: int, runtime: RuntimeConfig) -> int:
+def saved_for_backward(model: LanguageModel, batch: int, seq_len: int, runtime: RuntimeConfig) -> int:
     """Bytes that a forward pass allocates and leaves for backward, as the profiler of the allocator sees them."""
     wrapped = parallelize(model, SINGLE_PROCESS, runtime)
     ids_BT = torch.zeros(batch, seq_len, dtype=torch.int64)

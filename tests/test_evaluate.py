@@ -118,4 +118,6 @@ def test_every_evaluation_of_the_table_is_run_and_logged(
     monkeypatch.setitem(EVALUATIONS, "weights", weight_norm)
     train.main([str(config_file), "precision=fp32", "compile=off"])
     rows = [row for row in read_metrics(tmp_path / "run") if "val-loss" in row]
-    assert [row["step"] for row in rows if row.get("weight-norm", 0) > 0] == [5, 10]
+    assert [row["step"] for row in rows if row.get("weight-norm", 0) > 0] == [5, 10, 12]
+    results = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert results["weight-norm"] == rows[-1]["weight-norm"]

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from distgpt.data.dataloader import TrainLoader
-from distgpt.data.dataset import num_windows
+from distgpt.data.dataset import TokenWindows
 from distgpt.data.sampler import BatchPlan, Sampler
 from distgpt.data.token_files import open_token_file
 from distgpt.distributed.runtime import RuntimeConfig
 from distgpt.generate import next_token_probabilities
 from distgpt.models.cross_entropy import full_cross_entropy
 from distgpt.models.gpt2 import DecoderLM
-from distgpt.optim.config import AdamWConfig
+from distgpt.optim.optimizers import AdamWConfig
 from distgpt.optim.schedules import Schedule, learning_rate
 from distgpt.training.step import StepSettings, train_step
 
@@ -60,8 +60,8 @@ def train_on(stream: np.ndarray, folder: Path, num_steps: int) -> list[float]:
     optimizer = AdamWConfig().build(model)
     for group in optimizer.param_groups:
         group["lr"] = 5e-4
-    sampler = Sampler(num_windows(len(tokens), SEQ_LEN), 0, BatchPlan(BATCH_SIZE, BATCH_SIZE, 1), 0)
-    loader = TrainLoader(tokens, N_VOCAB, SEQ_LEN, sampler)
+    windows = TokenWindows(tokens, SEQ_LEN, N_VOCAB)
+    loader = TrainLoader(windows, Sampler(len(windows), 0, BatchPlan(BATCH_SIZE, BATCH_SIZE, 1), 0))
     num_targets = BATCH_SIZE * SEQ_LEN
     settings = StepSettings(num_targets, max_grad_norm=1.0, dp_size=1, runtime=RuntimeConfig("fp32", False, "cpu"))
     results = [train_step(model, optimizer, loader.micro_batches(step), settings) for step in range(num_steps)]

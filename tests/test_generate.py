@@ -21,8 +21,8 @@ from distgpt.generate import (
     prompt_generators,
     read_prefixes,
 )
-from distgpt.models.config import GPT2Config
-from distgpt.models.gpt2 import DecoderLM
+from distgpt.models.architectures import GPT2Config
+from distgpt.models.language_model import LanguageModel
 
 N_VOCAB = 101
 END_OF_TEXT = N_VOCAB - 1
@@ -30,7 +30,7 @@ PROMPTS = [[1], [5, 6, 7, 8, 9, 10, 11], [3, 4, 3], [7] * 19, [1]]
 
 
 @pytest.fixture(scope="module")
-def model() -> DecoderLM:
+def model() -> LanguageModel:
     """A small model with large random weights: at initialization all logits are nearly equal."""
     model = GPT2Config(n_embd=24, n_head=3, n_positions=20, n_layer=2).build(N_VOCAB, seed=1)
     generator = torch.Generator().manual_seed(1)
@@ -43,7 +43,7 @@ def model() -> DecoderLM:
     return model.eval()
 
 
-def naive_greedy(model: DecoderLM, prompt: list[int], max_new_tokens: int) -> list[int]:
+def naive_greedy(model: LanguageModel, prompt: list[int], max_new_tokens: int) -> list[int]:
     """Greedy decoding without cache, batch or mask: the model reads the whole sequence again for each token."""
     ids = list(prompt)
     for _ in range(max_new_tokens):
@@ -56,14 +56,14 @@ def naive_greedy(model: DecoderLM, prompt: list[int], max_new_tokens: int) -> li
     return ids[len(prompt) :]
 
 
-def test_greedy_decoding_in_a_batch_equals_naive_greedy_decoding(model: DecoderLM) -> None:
+def test_greedy_decoding_in_a_batch_equals_naive_greedy_decoding(model: LanguageModel) -> None:
     new_ids, _ = generate(model, PROMPTS, END_OF_TEXT, 30, Sampling(temperature=0), prompt_generators(PROMPTS, 0))
     assert new_ids == [naive_greedy(model, prompt, 30) for prompt in PROMPTS]
     assert [len(prompt) + len(ids) for prompt, ids in zip(PROMPTS, new_ids, strict=True)] == [20] * 5  # n_positions
 
 
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, top_k=5, seed=3), Sampling(2.0, top_k=1)])
-def test_a_sample_does_not_depend_on_the_batch(model: DecoderLM, sampling: Sampling) -> None:
+def test_a_sample_does_not_depend_on_the_batch(model: LanguageModel, sampling: Sampling) -> None:
     generators = prompt_generators(PROMPTS, sampling.seed)
     batched, losses = generate(model, PROMPTS, END_OF_TEXT, 12, sampling, generators)
     for row, prompt in enumerate(PROMPTS[:4]):  # the fifth repeats the first: alone, it would equal the first
@@ -72,13 +72,13 @@ def test_a_sample_does_not_depend_on_the_batch(model: DecoderLM, sampling: Sampl
         assert loss[0] == pytest.approx(losses[row], rel=1e-5, abs=1e-5)
 
 
-def test_repeated_prompts_get_different_samples(model: DecoderLM) -> None:
+def test_repeated_prompts_get_different_samples(model: LanguageModel) -> None:
     prompts = [[1, 2]] * 2
     new_ids, _ = generate(model, prompts, END_OF_TEXT, 10, Sampling(1.0), prompt_generators(prompts, 0))
     assert new_ids[0] != new_ids[1]
 
 
-def test_prompt_losses_equal_the_models_cross_entropy(model: DecoderLM) -> None:
+def test_prompt_losses_equal_the_models_cross_entropy(model: LanguageModel) -> None:
     _, losses = generate(model, PROMPTS, END_OF_TEXT, 1, Sampling(0), prompt_generators(PROMPTS, 0))
     for prompt, loss in zip(PROMPTS, losses, strict=True):
         logits = model(torch.tensor([prompt]))[0, :-1]
@@ -86,7 +86,7 @@ def test_prompt_losses_equal_the_models_cross_entropy(model: DecoderLM) -> None:
         assert loss == pytest.approx(float(torch.as_tensor(expected).detach()), rel=1e-5)
 
 
-def test_end_of_text_ends_a_sequence_and_is_not_returned(model: DecoderLM) -> None:
+def test_end_of_text_ends_a_sequence_and_is_not_returned(model: LanguageModel) -> None:
     unlimited = naive_greedy(model, PROMPTS[2], 12)
     end_of_text = next(token for token in unlimited if token != unlimited[0])
     new_ids, _ = generate(model, PROMPTS, end_of_text, 12, Sampling(0), prompt_generators(PROMPTS, 0))

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from distgpt.models.attention import matmul_attention
-from distgpt.models.config import GPT2Config
+from distgpt.models.architectures import GPT2Config
+from distgpt.models.attention_kernels import matmul_attention
 from distgpt.models.gpt2 import GELU, DecoderLM
 from distgpt.models.kernels import Kernels
 from distgpt.models.kv_cache import KVCache

@@ -24,7 +24,7 @@ from distgpt.distributed.layout import ParallelLayout
 from distgpt.distributed.parallelize import canonical_name, parallelize
 from distgpt.distributed.runtime import RuntimeConfig, resolve_runtime
 from distgpt.errors import ConfigError
-from distgpt.models.config import GPT2Config
+from distgpt.models.architectures import GPT2Config
 from distgpt.models.cross_entropy import IGNORE_INDEX
 from distgpt.models.gpt2 import DecoderLM
 from distgpt.training.step import seed_dropout

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 from distgpt.checkpoint import saver, store
@@ -21,7 +22,7 @@ from distgpt.checkpoint.store import Checkpoint
 from distgpt.distributed.context import DistributedContext
 from distgpt.errors import CheckpointError, RuntimeEnvironmentError
 from distgpt.models.gpt2 import DecoderLM
-from distgpt.optim.config import AdamWConfig
+from distgpt.optim.optimizers import AdamWConfig
 from distgpt.training.state import ModelState, OptimizerState, Progress, RunFacts, TrainState
 from tests.conftest import Run, command, environment, read_metrics, training_curve
 from tests.started import PLAIN
@@ -30,9 +31,9 @@ CPU = torch.device("cpu")
 SINGLE_PROCESS = DistributedContext(rank=0, world_size=1, local_world_size=1, device=CPU, num_threads=1)
 
 
-def make_state(model: DecoderLM, optimizer: torch.optim.Optimizer) -> TrainState:
+def make_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
     """A training state with placeholders for what identifies a run."""
-    run = RunFacts({}, {}, order_version=1, sequences_per_step=1, platform={}, tokens="", tokenizer="", wandb_run_id="")
+    run = RunFacts({}, {}, order_version=1, sequences_per_step=1, platform={}, tokens="", tokenizer="", run_id="")
     return TrainState(ModelState(model), OptimizerState(model, optimizer), run, Progress.start(CPU))
 
 

@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.parallel import DistributedDataParallel
 
 from distgpt.models.gpt2 import DecoderLM
-from distgpt.optim.config import AdamWConfig
+from distgpt.optim.optimizers import AdamWConfig
 from distgpt.training.state import ModelState, OptimizerState, Progress, RunFacts
 
 
@@ -97,5 +97,5 @@ def test_run_facts_are_json_and_restore_only_the_wandb_run() -> None:
     state_dict = json.loads(json.dumps(saved.state_dict()))
     resumed = RunFacts({"seed": 1}, {"compile": False}, 1, 4, {"torch": "3"}, "tokens", "tokenizer", "wandb-2")
     resumed.load_state_dict(state_dict)
-    assert resumed.wandb_run_id == "wandb-1"
+    assert resumed.run_id == "wandb-1"
     assert resumed.runtime == {"compile": False} and resumed.platform == {"torch": "3"}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from distgpt.data.dataloader import Batch
 from distgpt.distributed.runtime import RuntimeConfig
 from distgpt.models.cross_entropy import IGNORE_INDEX
-from distgpt.optim.config import AdamWConfig
+from distgpt.optim.optimizers import AdamWConfig
 from distgpt.training.step import StepSettings, train_step
 from tests.ranks import N_VOCAB, SEQ_LEN, results, small_model
 

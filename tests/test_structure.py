@@ -50,7 +50,14 @@ ALLOWED_IN = {
 
 TORCH_FREE = {
     *("errors", "atomic_io", "check", "cli", "config", "config.__main__", "config.fields", "config.schema"),
-    *("config.loader", "config.yaml_reader", "config.help", "models.config", "models.kernels", "optim.config"),
+    *(
+        "config.loader",
+        "config.yaml_reader",
+        "config.help",
+        "models.architectures",
+        "models.kernels",
+        "optim.optimizers",
+    ),
     *("optim.schedules", "data.tokenizer", "data.token_files", "data.token_array", "data.numpy_files"),
     *("data.nanogpt_files", "data.sample_corpus", "data.dataset", "data.sampler", "data.__main__"),
     *("distributed.layout", "distributed.estimate", "checkpoint.store", "checkpoint.weights"),

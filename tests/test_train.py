@@ -18,7 +18,7 @@ from distgpt.checkpoint import store
 from distgpt.checkpoint.weights import build_model, iter_weights
 from distgpt.config.loader import load_config
 from distgpt.data.dataloader import Batch, TrainLoader
-from distgpt.data.dataset import num_windows
+from distgpt.data.dataset import TokenWindows
 from distgpt.data.sampler import BatchPlan, Sampler
 from distgpt.data.token_files import open_token_file
 from distgpt.data.tokenizer import load_tokenizer
@@ -98,8 +98,8 @@ def test_any_number_of_ranks_gives_the_same_loss_curve(
 def whole_batch(path: Path, seed: int, step: int) -> Batch:
     """All sequences of a step, read from a token file of the tiny config by one rank."""
     tokens = open_token_file(path)["train"]
-    sampler = Sampler(num_windows(len(tokens), 32), seed, BatchPlan(8, 8, 1), 0)
-    (batch,) = TrainLoader(tokens, 257, 32, sampler).micro_batches(step)
+    windows = TokenWindows(tokens, 32, 257)
+    (batch,) = TrainLoader(windows, Sampler(len(windows), seed, BatchPlan(8, 8, 1), 0)).micro_batches(step)
     return batch
 
 
@@ -166,7 +166,8 @@ def test_a_checkpoint_from_before_there_were_layouts_resumes(config_file: Path, 
     state = {
         "config": config,
         "execution": {key: runtime[key] for key in ("precision", "compile", "device")},
-        **{key: facts[key] for key in ("order_version", "sequences_per_step", "tokens", "tokenizer", "wandb_run_id")},
+        **{key: facts[key] for key in ("order_version", "sequences_per_step", "tokens", "tokenizer")},
+        "wandb_run_id": facts["run_id"],
     }
     (checkpoint.path / "state.json").write_text(json.dumps(state))
     files = {p.name: store.file_digest(p) for p in checkpoint.path.iterdir() if p.name != "manifest.json"}

@@ -154,8 +154,9 @@ def _convert_from_format_1(old: dict[str, Any]) -> dict[str, Any]:
     if "layout" in runtime:
         runtime["layout"] = {renamed.get(key, key): value for key, value in runtime["layout"].items()}
     progress = {"skipped": old.get("skipped", [0.0, 0.0]), "val_loss": old.get("val_loss")}
-    unchanged = {key: value for key, value in old.items() if key not in ("execution", *progress)}
-    return {"run": unchanged | {"runtime": runtime}, "progress": progress}
+    unchanged = {key: value for key, value in old.items() if key not in ("execution", "wandb_run_id", *progress)}
+    facts = unchanged | {"runtime": runtime, "run_id": old.get("wandb_run_id")}
+    return {"run": facts, "progress": progress}
 
 
 def file_digest(path: Path) -> dict[str, Any]:

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from distgpt.distributed.context import DistributedContext
-    from distgpt.models.gpt2 import DecoderLM
     from distgpt.models.kernels import Kernels
+    from distgpt.models.language_model import LanguageModel
 
 WEIGHTS_FILE, TOKENIZER_DIR = "model.safetensors", "tokenizer"
 
 
-def save_weights(output_dir: Path, model: DecoderLM, context: DistributedContext) -> None:
+def save_weights(output_dir: Path, model: LanguageModel, context: DistributedContext) -> None:
     """Write `model.safetensors`, without the padding rows of the vocabulary.
 
     `model` is the module inside DDP, or the one that FSDP sharded. Every rank calls, and rank 0 writes.
@@ -48,7 +48,7 @@ def save_weights(output_dir: Path, model: DecoderLM, context: DistributedContext
     context.run_on_all_ranks(write)
 
 
-def load_model(path: Path, kernels: Kernels | None = None) -> tuple[DecoderLM, Tokenizer, Config]:
+def load_model(path: Path, kernels: Kernels | None = None) -> tuple[LanguageModel, Tokenizer, Config]:
     """The model (on the CPU, in evaluation mode), tokenizer and config of a finished run or of a checkpoint.
 
     `kernels` are those to build the model with. Raises CheckpointError.
@@ -89,7 +89,7 @@ def read_run(path: Path) -> tuple[Config, Tokenizer]:
     return config, load_saved_tokenizer(path / TOKENIZER_DIR)
 
 
-def iter_weights(path: Path, model: DecoderLM) -> Iterator[tuple[str, Tensor]]:
+def iter_weights(path: Path, model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
     """(canonical name, values) of each parameter, from a finished run or a checkpoint, read one at a time.
 
     Only names and shapes are taken from `model`. Raises CheckpointError naming the first tensors that do not fit.
@@ -99,19 +99,26 @@ def iter_weights(path: Path, model: DecoderLM) -> Iterator[tuple[str, Tensor]]:
     return _finished_weights(path / WEIGHTS_FILE, model)
 
 
-def _checkpoint_weights(path: Path, model: DecoderLM) -> Iterator[tuple[str, Tensor]]:
-    """The weights in a verified checkpoint of a model of the same shapes."""
+def _checkpoint_weights(path: Path, model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
+    """The weights in a verified checkpoint of a model of the same shapes.
+
+    They are read in groups of about the size of a checkpoint's file, since each read opens all files.
+    """
     import torch
 
-    from distgpt.checkpoint.saver import read_tensors
+    from distgpt.checkpoint.saver import FILE_BYTES, read_tensors
 
-    for name, shape in model.parameter_shapes.items():
-        values = torch.empty(shape)
-        read_tensors(path, {f"model.{name}": values}, alone=True)
-        yield name, values
+    names = list(model.parameter_shapes)
+    while names:
+        group: dict[str, Tensor] = {}
+        while names and sum(tensor.nbytes for tensor in group.values()) < FILE_BYTES:
+            name = names.pop(0)
+            group[name] = torch.empty(model.parameter_shapes[name])
+        read_tensors(path, {f"model.{name}": values for name, values in group.items()}, alone=True)
+        yield from group.items()
 
 
-def _finished_weights(file_path: Path, model: DecoderLM) -> Iterator[tuple[str, Tensor]]:
+def _finished_weights(file_path: Path, model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
     """The weights of a finished run, with the padding rows as zeros."""
     from safetensors import SafetensorError, safe_open
     from torch.nn import functional as F
@@ -137,7 +144,7 @@ def _finished_weights(file_path: Path, model: DecoderLM) -> Iterator[tuple[str, 
         raise CheckpointError(f"{file_path}: does not load ({error}); train again or restore it") from None
 
 
-def build_model(config: Config, tokenizer: Tokenizer, kernels: Kernels | None = None) -> DecoderLM:
+def build_model(config: Config, tokenizer: Tokenizer, kernels: Kernels | None = None) -> LanguageModel:
     """The config's model on the meta device, that is without weights."""
     import torch
 

@@ -14,8 +14,8 @@ from pydantic import Field, Strict
 from pydantic.dataclasses import dataclass
 
 from distgpt.config.fields import MUTABLE, SECTION, Fraction, Rate, Size, Steps, Text, fields_of, section_members
-from distgpt.models.config import ModelConfig
-from distgpt.optim.config import AdamWConfig, OptimizerConfig
+from distgpt.models.architectures import ModelConfig
+from distgpt.optim.optimizers import AdamWConfig, OptimizerConfig
 from distgpt.optim.schedules import SCHEDULES, Schedule
 
 if TYPE_CHECKING:
@@ -70,9 +70,10 @@ class ParallelConfig:
     """fsdp, hsdp: reduce gradients after each micro-step (less memory) or after the last (less communication); auto:
     last if it fits in memory."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Dtype in which gradients are reduced over ranks; bf16 halves the communication and rounds each to 8 bits."""
+    """Dtype in which gradients are reduced over ranks; bf16 halves the communication and rounds each to 8 bits (fsdp,
+    hsdp: after each micro-step)."""
     replica_check_every: Steps = 100
-    """ddp, hsdp: steps between bitwise comparisons of the replicas' weights; one also precedes every checkpoint."""
+    """ddp, hsdp: steps between comparisons of the replicas' weights (checksums); one also precedes every checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)

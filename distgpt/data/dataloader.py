@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distgpt.data.dataset import TokenWindows
 from distgpt.data.sampler import Sampler
 from distgpt.data.token_files import TokenArray
 from distgpt.errors import UserError
@@ -39,19 +40,17 @@ class Batch(NamedTuple):
 class TrainLoader:
     """The training batches of one data-parallel rank."""
 
-    tokens: TokenArray
-    n_vocab: int
-    seq_len: int
+    windows: TokenWindows
     sampler: Sampler
     end_of_text: int | None = None
     """The token that begins a document, where attention stays within documents."""
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches at `step` (from 0). One without a sequence of its own has a row without targets."""
-        windows, T = self.sampler.windows_at_step(step), self.seq_len
+        window_ids, T = self.sampler.windows_at_step(step), self.windows.seq_len
         batches, first = [], 0
         for size in self.sampler.plan.micro_batches(self.sampler.dp_rank):
-            rows = [self.tokens.read(w * T, (w + 1) * T + 1, self.n_vocab) for w in windows[first : first + size]]
+            rows = [self.windows[int(window_id)] for window_id in window_ids[first : first + size]]
             batches.append(make_batch(rows, T, size or 1, self.end_of_text))
             first += size
         return batches

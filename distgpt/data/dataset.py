@@ -6,6 +6,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from distgpt.config.schema import Config
 from distgpt.data.sample_corpus import make_sample_corpus, sample_corpus_path
 from distgpt.data.token_array import TokenArray
@@ -24,6 +26,26 @@ MAX_SAMPLE_EPOCHS = 10
 
 
 @dataclass(frozen=True)
+class TokenWindows:
+    """The training sequences of a token array, as a map-style dataset: item i has tokens i T to (i + 1) T inclusive.
+
+    The last token of an item is the target of the one before it, and the first token of the next item.
+    """
+
+    tokens: TokenArray
+    seq_len: int
+    n_vocab: int
+
+    def __len__(self) -> int:
+        return num_windows(len(self.tokens), self.seq_len)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """The T + 1 token ids of a window (int64)."""
+        start = index * self.seq_len
+        return self.tokens.read(start, start + self.seq_len + 1, self.n_vocab)
+
+
+@dataclass(frozen=True)
 class Dataset:
     """The tokens that a run trains on and those that it is validated on."""
 
@@ -37,6 +59,10 @@ class Dataset:
     def fingerprint(self) -> str:
         """Identifies the tokens. A run resumes only with those that it was started with."""
         return f"{self.train.fingerprint}/{self.val.fingerprint}"
+
+    def train_windows(self, seq_len: int, n_vocab: int) -> TokenWindows:
+        """The training sequences. Anything with their `len`, `[i]` and `seq_len` can be trained on."""
+        return TokenWindows(self.train, seq_len, n_vocab)
 
 
 def open_dataset(config: Config, tokenizer: Tokenizer, for_training: bool = True) -> Dataset:

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from distgpt.data.sampler import BatchPlan
 from distgpt.distributed.layout import ParallelLayout
-from distgpt.models.config import ModelConfig
+from distgpt.models.architectures import ModelConfig
 
 FP32_BYTES = 4
 """Size of a weight, of its gradient, and of each of AdamW's two moments: all are fp32 whatever the precision."""
@@ -108,9 +108,13 @@ def fits_in_memory(workload: StepWorkload, layout: ParallelLayout, device_bytes:
 def resolve_grad_sync(
     workload: StepWorkload, layout: ParallelLayout, grad_sync: str, device_bytes: float
 ) -> ParallelLayout:
-    """The layout with `parallel.grad_sync` resolved: `auto` reduces on the last micro-step where memory allows."""
+    """The layout with `parallel.grad_sync` resolved: `auto` reduces on the last micro-step where memory allows.
+
+    Gradients reduced in bf16 are reduced after each micro-step, since FSDP would otherwise accumulate them in bf16.
+    """
     last = dataclasses.replace(layout, sync_each_micro_step=False)
-    each = grad_sync == "each" or (grad_sync == "auto" and not fits_in_memory(workload, last, device_bytes))
+    each = grad_sync == "each" or layout.reduce_dtype == "bf16"
+    each = each or (grad_sync == "auto" and not fits_in_memory(workload, last, device_bytes))
     return dataclasses.replace(layout, sync_each_micro_step=each and layout.is_sharded)
 
 

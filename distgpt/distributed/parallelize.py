@@ -21,7 +21,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from distgpt.distributed.context import DistributedContext
 from distgpt.distributed.layout import ParallelLayout
 from distgpt.distributed.runtime import RuntimeConfig
-from distgpt.models.gpt2 import DecoderLM
+from distgpt.models.language_model import LanguageModel
 
 NamedValues = Iterable[tuple[str, Tensor]]
 """Parameter names, each with the whole parameter's values on the CPU."""
@@ -39,7 +39,7 @@ SAC_SAVE_OPS = [
 
 
 def parallelize(
-    model: DecoderLM, context: DistributedContext, runtime: RuntimeConfig, weights: NamedValues | None = None
+    model: LanguageModel, context: DistributedContext, runtime: RuntimeConfig, weights: NamedValues | None = None
 ) -> nn.Module:
     """The model ready to train: wrapped, on its device, with its weights. Called like the model itself.
 
@@ -85,7 +85,7 @@ def load_values(model: nn.Module, values: NamedValues, device: torch.device) -> 
             parameter.copy_(tensor)
 
 
-def _apply_activation_checkpointing(model: DecoderLM, mode: str) -> None:
+def _apply_activation_checkpointing(model: LanguageModel, mode: str) -> None:
     """Let each block drop its activations and recompute them in backward (Chen et al. 2016)."""
     if mode == "none":
         return
@@ -96,7 +96,7 @@ def _apply_activation_checkpointing(model: DecoderLM, mode: str) -> None:
         model.blocks[layer] = checkpoint_wrapper(block, **settings)
 
 
-def _apply_compile(model: DecoderLM, context: DistributedContext) -> None:
+def _apply_compile(model: LanguageModel, context: DistributedContext) -> None:
     """Compile each block; as the blocks are identical, one compilation serves all.
 
     The embeddings stay outside: compiled for the CPU, their backward adds atomically, and no two runs are identical.
@@ -109,7 +109,7 @@ def _apply_compile(model: DecoderLM, context: DistributedContext) -> None:
         block.compile(dynamic=False, options=options)
 
 
-def _apply_fsdp(model: DecoderLM, context: DistributedContext, runtime: RuntimeConfig) -> None:
+def _apply_fsdp(model: LanguageModel, context: DistributedContext, runtime: RuntimeConfig) -> None:
     """Shard every parameter's rows over the ranks (FSDP2); a block is gathered while it computes.
 
     The root group holds the embeddings (one of them is used at both ends) and the last norm. It stays in fp32, so that
@@ -128,7 +128,7 @@ def _apply_fsdp(model: DecoderLM, context: DistributedContext, runtime: RuntimeC
     fully_shard(model, mesh=mesh, mp_policy=root_policy, reshard_after_forward=False)
 
 
-def _apply_ddp(model: DecoderLM, context: DistributedContext, layout: ParallelLayout) -> DistributedDataParallel:
+def _apply_ddp(model: LanguageModel, context: DistributedContext, layout: ParallelLayout) -> DistributedDataParallel:
     """Replicate the model on every rank."""
     device_ids = [context.device] if context.device.type == "cuda" else None
     replicated = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)

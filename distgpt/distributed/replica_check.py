@@ -1,4 +1,7 @@
-"""Compare the weights of replicas bit by bit, to find a faulty memory or processor that the loss does not show."""
+"""Compare checksums of the replicas' weights, to find a faulty memory or processor that the loss does not show.
+
+The checksum of a tensor is the XOR of its elements' bits: a single flipped bit always changes it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from distgpt.errors import NumericsError
 
 
 def check_replicas(model: nn.Module, shard_size: int, step: int, context: DistributedContext) -> None:
-    """Raise NumericsError, on every rank, unless ranks that hold the same weights hold the same bits. Every rank calls.
+    """Raise NumericsError, on every rank, unless ranks with the same weights have equal checksums. Every rank calls.
 
     `shard_size` ranks hold one replica.
     """

@@ -1,1 +1,1 @@
-"""The architectures, one file each (`config.MODELS` lists them), and what they share: attention, cross-entropy."""
+"""The architectures, one file each (`architectures.MODELS` lists them), and what they share."""

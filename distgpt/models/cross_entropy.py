@@ -1,4 +1,4 @@
-"""Hidden states to the summed cross-entropy of their targets, with all logits at once or in chunks of positions.
+"""The LM head: hidden states to logits, or to the summed cross-entropy of targets, at once or in chunks of positions.
 
 `P` positions, `R` positions of one chunk, `V` vocabulary rows (padding included), `D` hidden size.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 CrossEntropy = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -165,3 +165,18 @@ CROSS_ENTROPY: dict[str, Callable[[], CrossEntropy]] = {
     "chunked-compiled": lambda: ChunkedCrossEntropy(compiled=True),
 }
 """Makes each implementation, by name."""
+
+
+class LMHead(nn.Module):
+    """Hidden states to logits or loss. It owns no parameter: its weight is the token embedding's."""
+
+    def __init__(self, n_vocab: int, cross_entropy: str) -> None:
+        super().__init__()
+        self.n_vocab = n_vocab
+        self.cross_entropy = CROSS_ENTROPY[cross_entropy]()
+
+    def forward(self, x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        """Logits BTV; with `targets_BT`, the sum of the token losses in nats instead (fp32 scalar)."""
+        if targets_BT is None:
+            return F.linear(x_BTD, weight_VD[: self.n_vocab])
+        return self.cross_entropy(x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten(), self.n_vocab)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from distgpt.models.attention import autocast_disabled
+from distgpt.models.attention_kernels import autocast_disabled
 
 
 class DocumentIndex(NamedTuple):

@@ -6,23 +6,21 @@ Tensor names end in their dimensions, one letter each, everywhere in the project
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from distgpt.models.attention import ATTENTION
-from distgpt.models.config import GPT2Config
-from distgpt.models.cross_entropy import CROSS_ENTROPY
+from distgpt.models.architectures import GPT2Config
+from distgpt.models.attention_kernels import ATTENTION
+from distgpt.models.cross_entropy import LMHead
 from distgpt.models.document_mask import DocumentIndex, document_attention, index_documents
 from distgpt.models.kernels import Kernels
 from distgpt.models.kv_cache import KVCache
-
-TOKEN_EMBEDDING = "token_embedding.weight"
+from distgpt.models.language_model import TOKEN_EMBEDDING, LanguageModel
 
 
 class LayerNorm(nn.LayerNorm):
@@ -102,22 +100,7 @@ class Block(nn.Module):
         return x_BTD
 
 
-class LMHead(nn.Module):
-    """Hidden states to logits or loss. It owns no parameter: its weight is the token embedding's."""
-
-    def __init__(self, n_vocab: int, cross_entropy: str) -> None:
-        super().__init__()
-        self.n_vocab = n_vocab
-        self.cross_entropy = CROSS_ENTROPY[cross_entropy]()
-
-    def forward(self, x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        """Logits BTV; with `targets_BT`, the sum of the token losses in nats instead (fp32 scalar)."""
-        if targets_BT is None:
-            return F.linear(x_BTD, weight_VD[: self.n_vocab])
-        return self.cross_entropy(x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten(), self.n_vocab)
-
-
-class DecoderLM(nn.Module):
+class DecoderLM(LanguageModel):
     """GPT-2's decoder language model (Radford et al. 2019): learned positions, pre-LN, GELU, tied embeddings."""
 
     def __init__(
@@ -133,22 +116,17 @@ class DecoderLM(nn.Module):
         end_of_text: int | None = None,
         kernels: Kernels | None = None,
     ) -> None:
-        """`end_of_text`, if set, keeps attention within the documents that begin with this token; positions restart
-        in each."""
-        super().__init__()
         kernels = kernels or Kernels()
         config = GPT2Config(n_embd=n_embd, n_head=n_head, n_positions=n_positions, n_layer=n_layer)
-        self.n_vocab, self.n_positions, self.seed, self.end_of_text = n_vocab, n_positions, seed, end_of_text
-        self.parameter_shapes = config.parameter_shapes(n_vocab)
-        """The shape of every parameter by its canonical name, which wrapping and sharding do not change."""
-        self.token_embedding = nn.Embedding(self.parameter_shapes[TOKEN_EMBEDDING][0], n_embd)
+        shapes = config.parameter_shapes(n_vocab)
+        super().__init__(shapes, n_vocab=n_vocab, n_positions=n_positions, seed=seed, end_of_text=end_of_text)
+        self.token_embedding = nn.Embedding(shapes[TOKEN_EMBEDDING][0], n_embd)
         self.position_embedding = nn.Embedding(n_positions, n_embd)
         self.dropout = nn.Dropout(p_dropout)
         self.blocks = nn.ModuleList(Block(layer, n_embd, n_head, p_dropout, kernels) for layer in range(n_layer))
         self.final_norm = LayerNorm(n_embd)
         self.head = LMHead(n_vocab, kernels.cross_entropy)
-        if not self.token_embedding.weight.is_meta:
-            self.load_state_dict(dict(self.initial_weights()))
+        self.load_initial_weights()
 
     def forward(
         self,
@@ -159,15 +137,10 @@ class DecoderLM(nn.Module):
         documents: DocumentIndex | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Logits BTV (fp32 outside autocast); with `targets` BT, the summed loss, so that no logits are returned.
-
-        `attention_mask` BS (1 for tokens, 0 for left padding) covers cached positions too; positions count tokens only.
-        `documents` index `ids_BT` where attention stays within documents; computed here if absent, which waits for the
-        device.
-        """
+        """See `LanguageModel.forward`."""
         mask_BNTS = None
         if cache is not None or attention_mask is not None:
-            positions_BT, mask_BNTS = self._positions_and_mask(ids_BT, attention_mask, cache)
+            positions_BT, mask_BNTS = self.positions_and_mask(ids_BT, attention_mask, cache)
         elif self.end_of_text is not None:
             documents = documents or index_documents(ids_BT.cpu(), self.end_of_text).to(ids_BT.device)
             positions_BT = documents.positions_BT
@@ -181,61 +154,7 @@ class DecoderLM(nn.Module):
         output: Tensor = self.head(self.final_norm(x_BTD), self.token_embedding.weight, targets)
         return output
 
-    def _positions_and_mask(
-        self, ids_BT: Tensor, attention_mask: Tensor | None, cache: KVCache | None
-    ) -> tuple[Tensor, Tensor]:
-        """Positions BT, and the mask BNTS (True where query t may see key s), with padding or cached positions."""
-        (B, T), device = ids_BT.shape, ids_BT.device
-        S = T if cache is None else cache.length + T
-        non_pad_BS = torch.ones(B, S, dtype=torch.bool, device=device)
-        if attention_mask is not None:
-            non_pad_BS = attention_mask.bool()
-        starts_BS = ids_BT == (-1 if self.end_of_text is None else self.end_of_text)
-        if cache is not None:
-            starts_BS = cache.starts_BS = torch.cat([cache.starts_BS.to(device), starts_BS], 1)
-        document_BS = starts_BS.cumsum(1)
-        index_BS = non_pad_BS.cumsum(1) - 1
-        document_start_BS = torch.where(starts_BS, index_BS, 0).cummax(1).values
-        positions_BT = (index_BS - document_start_BS).clamp_(min=0)[:, S - T :]
-        causal_TS = torch.ones(T, S, dtype=torch.bool, device=device).tril_(S - T)
-        # A padding query sees only padding. It attends to itself, since a softmax over nothing is NaN.
-        diagonal_TS = causal_TS.triu(S - T)
-        same_document_BTS = document_BS[:, S - T :, None] == document_BS[:, None, :]
-        mask_BTS = causal_TS & same_document_BTS & non_pad_BS[:, None, :] | diagonal_TS
-        return positions_BT, mask_BTS[:, None]
-
-    def parameter_role(self, name: str) -> str:
-        """`matrix`, `embedding` or `vector` (norms and biases): optimizers treat these differently."""
-        if name.endswith("bias") or "norm" in name:
-            return "vector"
-        return "embedding" if "embedding" in name else "matrix"
-
-    def remove_vocab_padding(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A whole state_dict of this model without the padding rows of the vocabulary."""
-        return state_dict | {TOKEN_EMBEDDING: state_dict[TOKEN_EMBEDDING][: self.n_vocab]}
-
-    def unpadded_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every parameter as a finished run stores it: without padding rows."""
-        return self.parameter_shapes | {TOKEN_EMBEDDING: (self.n_vocab, self.parameter_shapes[TOKEN_EMBEDDING][1])}
-
-    def initial_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's name and its initial values on the CPU, one at a time (Radford et al. 2019, section 2.3).
-
-        Weights are N(0, 0.02), those that write to the residual stream N(0, 0.02 / sqrt(2 n_layer)), norms 1, biases 0.
-        Each parameter has a generator of its own, seeded by (seed, name), so that every parallel layout starts with
-        identical weights.
-        """
-        for name, shape in self.parameter_shapes.items():
-            if name.endswith("bias"):
-                yield name, torch.zeros(shape, device="cpu")
-            elif "norm" in name:
-                yield name, torch.ones(shape, device="cpu")
-            else:
-                digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-                writes_residual = name.endswith(("attention.out.weight", "mlp_down.weight"))
-                std = 0.02 / math.sqrt(2 * len(self.blocks)) if writes_residual else 0.02
-                values = torch.randn(shape, generator=generator, device="cpu").mul_(std)
-                if name == TOKEN_EMBEDDING:
-                    values[self.n_vocab :] = 0.0
-                yield name, values
+    def initial_std(self, name: str) -> float:
+        """0.02, or 0.02 / sqrt(2 n_layer) where it writes to the residual stream (Radford et al. 2019, section 2.3)."""
+        writes_residual = name.endswith(("attention.out.weight", "mlp_down.weight"))
+        return 0.02 / math.sqrt(2 * len(self.blocks)) if writes_residual else 0.02

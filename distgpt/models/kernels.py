@@ -14,7 +14,7 @@ class Kernels:
     """Names of implementations. All compute the same function; they differ in speed, memory and rounding."""
 
     attention: str = "sdpa"
-    """A key of `attention.ATTENTION`."""
+    """A key of `attention_kernels.ATTENTION`."""
     gelu: str = "tanh"
     """A key of `gpt2.GELU`."""
     cross_entropy: str = "full"

@@ -1,1 +1,1 @@
-"""The optimizers, one file each (`config.OPTIMIZERS` lists them), and the learning-rate schedules."""
+"""The optimizers, one file each (`optimizers.OPTIMIZERS` lists them), and the learning-rate schedules."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from distgpt.models.gpt2 import DecoderLM
-from distgpt.optim.config import AdamWConfig
+from distgpt.models.language_model import LanguageModel
+from distgpt.optim.optimizers import AdamWConfig
 
 
-def build_adamw(model: DecoderLM, config: AdamWConfig) -> torch.optim.AdamW:
+def build_adamw(model: LanguageModel, config: AdamWConfig) -> torch.optim.AdamW:
     """torch's fused AdamW (Loshchilov & Hutter 2019); weight decay on matrices and embeddings only."""
     parameters = list(model.named_parameters())
     groups = [

@@ -31,6 +31,9 @@ LOST_BEATS = 8
 """Heartbeats that a rank may miss before it counts as lost. They are watched only when something else is wrong: an
 error on this rank, a signal (torchrun sends one to all ranks when one has died), or a hang."""
 
+ABORT_SECONDS = 20
+"""Time that a process which aborts has to write its status."""
+
 FAILED, LEAVING = "failed:", "leaving"
 """Published instead of further heartbeats by a rank that exits: with an error of its own, or for another reason."""
 
@@ -168,6 +171,8 @@ class Watchdog:
             except RuntimeError as error:
                 if not self._closed.is_set():
                     self._abort_without_store(error)
+            except OSError as error:  # a file system that fails while a hang is reported
+                self._abort(_summary(error))
 
     def _beat(self) -> None:
         """Publish a heartbeat. Ends this process if the launcher is gone."""
@@ -190,6 +195,7 @@ class Watchdog:
 
     def _abort_hang(self) -> NoReturn:
         """Write the stack of every thread, find lost ranks, and end this process."""
+        faulthandler.dump_traceback_later(ABORT_SECONDS, exit=True)
         path = self.output_dir / f"stacks-rank-{self.context.rank}.txt"
         with contextlib.suppress(OSError), path.open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
@@ -207,8 +213,12 @@ class Watchdog:
         """End this process because the run cannot continue, though this rank could."""
         with contextlib.suppress(RuntimeError):
             self._heartbeats.publish(LEAVING)
+        # The file system may be what hangs: whatever happens below, this process ends.
+        faulthandler.dump_traceback_later(ABORT_SECONDS, exit=True)
         self.write_status("failed", reason, PEER_LOST)
-        saved_step = max((step for step, _ in list_checkpoints(self.output_dir)), default=0)
+        saved_step = 0
+        with contextlib.suppress(OSError):
+            saved_step = max((step for step, _ in list_checkpoints(self.output_dir)), default=0)
         start = f"the checkpoint of step {saved_step}" if saved_step else "the beginning"
         where = f"rank {self.context.rank}, step {self.step}"
         eprint(f"distgpt: error: {where}: {reason}; the same command resumes from {start}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from distgpt import atomic_io
@@ -132,11 +133,19 @@ class MetricLogger:
         self._last_step = step
         self._bar.update(step - self._bar.n)
 
-    def log_step(self, step: int, loss: float, learning_rate: float, grad_norm: float, skipped: int = 0) -> None:
+    def log_step(
+        self,
+        step: int,
+        loss: float,
+        learning_rate: float,
+        grad_norm: float,
+        skipped: int = 0,
+        extra: Mapping[str, float | Tensor] | None = None,
+    ) -> None:
         """Print and record a training step.
 
         The speed is the mean over the steps since the last call of any `log_` method. `skipped` counts the updates of
-        the whole run that were skipped because their gradient was not finite.
+        the whole run that were skipped because their gradient was not finite. `extra` numbers are recorded by name.
         """
         seconds = (time.monotonic() - self._clock_start) / max(1, step - self._clock_step)
         tokens_per_second = self._tokens_per_step / seconds
@@ -153,6 +162,7 @@ class MetricLogger:
                 "mfu": mfu if mfu is None else round(mfu, 4),
                 "tokens": step * self._tokens_per_step,
                 "skipped": skipped,
+                **{name: float(value) for name, value in (extra or {}).items()},
             }
         )
         val_text = "" if self._val_loss is None else f"  val {self._val_loss:.4f}"
@@ -190,6 +200,11 @@ class MetricLogger:
         texts = [f"{name} {value:.{digits[name]}f}" for name, value in numbers.items()]
         self.print("  ".join([self._step_label(step), *texts]))
         self._restart_clock()
+
+    def save_file(self, path: Path) -> None:
+        """Let the trackers keep a copy of a file."""
+        for tracker in self._trackers:
+            tracker.save_file(path)
 
     def print(self, text: str) -> None:
         """Print in one write; a closed pipe (`| head`) or a full disk does not stop the run."""

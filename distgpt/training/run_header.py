@@ -13,7 +13,6 @@ import torch
 
 from distgpt.checkpoint.store import Checkpoint
 from distgpt.config.schema import Config
-from distgpt.data.dataset import num_windows
 from distgpt.data.sampler import BatchPlan
 from distgpt.distributed.context import DistributedContext
 from distgpt.distributed.runtime import RuntimeConfig
@@ -53,7 +52,7 @@ def format_run_header(
     """What is about to run, for people: model, tokens, batch, steps, device, kernels, output, and notes."""
     model, dataset, n_vocab = config.model_config, inputs.dataset, inputs.tokenizer.n_vocab
     steps, tokens_per_step = config.num_training_steps, config.tokens_per_step
-    epochs = steps * plan.sequences / num_windows(len(dataset.train), config.seq_len)
+    epochs = steps * plan.sequences / len(dataset.train_windows(config.seq_len, n_vocab))
     flops = steps * tokens_per_step * model.flops_per_token(n_vocab, config.seq_len)
     threads = pluralize(context.num_threads, "thread") if context.device.type == "cpu" else ""
     compiled = "compiled" if runtime.compile else "not compiled"

@@ -78,15 +78,16 @@ class RunFacts(Stateful):
     """Fingerprint of the token file."""
     tokenizer: str
     """Fingerprint of the tokenizer."""
-    wandb_run_id: str
+    run_id: str
+    """Identifies the run to trackers."""
 
     def state_dict(self) -> dict[str, Any]:
         """All fields by name."""
         return dataclasses.asdict(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the wandb run. The other fields describe the current process and stay as they are."""
-        self.wandb_run_id = state_dict.get("wandb_run_id") or self.wandb_run_id
+        """Take over the run id. The other fields describe the current process and stay as they are."""
+        self.run_id = state_dict.get("run_id") or self.run_id
 
 
 @dataclass

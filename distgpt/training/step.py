@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class StepResult:
     """Global gradient norm before clipping, the same on every rank."""
     skipped: Tensor
     """1 where the gradient was not finite and the weights were left unchanged, else 0."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """Further numbers to log by name, such as the gradient norm of a layer; the same on every rank."""
 
 
 def train_step(

@@ -1,15 +1,15 @@
 """The architectures that a config can name: sizes, parameter shapes and costs of each. Imports no torch.
 
-To add one, write a dataclass here with the members of `GPT2Config`, its modules in a file of their own, and add it to
-`MODELS`. Everything else derives from these members: memory estimates, FLOPs, the choice between DDP and FSDP, the disk
-space of checkpoints, and how a saved model is built again.
+To add one, write a dataclass here with the members of `GPT2Config`, a `LanguageModel` in a file of its own, and add it
+to `MODELS`. Everything else derives from these members: memory estimates, FLOPs, the choice between DDP and FSDP, the
+disk space of checkpoints, and how a saved model is built again.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from pydantic import Field, Strict
 from pydantic.dataclasses import dataclass
@@ -18,14 +18,48 @@ from distgpt.config.fields import SECTION, Size, union_of
 from distgpt.models.kernels import Kernels
 
 if TYPE_CHECKING:
-    from distgpt.models.gpt2 import DecoderLM
+    from distgpt.models.language_model import LanguageModel
 
 VOCAB_MULTIPLE = 64
 """Embeddings are padded to a multiple of this many rows, which matrix units prefer (50,257 becomes 50,304)."""
 
 
+class _Architecture(Protocol):
+    """Sizes and costs that follow from the parameter shapes of any architecture."""
+
+    n_layer: int
+    n_embd: int
+    n_head: int
+
+    def parameter_shapes(self, n_vocab: int) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter by name, in the order of the module."""
+        ...
+
+    @property
+    def head_size(self) -> int:
+        """Hidden size of one attention head."""
+        return self.n_embd // self.n_head
+
+    def num_parameters(self, n_vocab: int) -> int:
+        """Trainable parameters, without the padding rows of the vocabulary."""
+        shapes = self.parameter_shapes(n_vocab)
+        padding = (shapes["token_embedding.weight"][0] - n_vocab) * self.n_embd
+        return sum(map(math.prod, shapes.values())) - padding
+
+    def flops_per_token(self, n_vocab: int, seq_len: int) -> int:
+        """Floating-point operations of training on one token, forward and backward.
+
+        6 x matmul weights (the head counts, the embedding lookup does not) + 12 n_layer n_head head_size seq_len for
+        attention, without a discount for causality (Chowdhery et al. 2022, PaLM, appendix B).
+        """
+        shapes = self.parameter_shapes(n_vocab)
+        blocks = sum(math.prod(s) for name, s in shapes.items() if name.startswith("blocks.") and len(s) == 2)
+        attention = 12 * self.n_layer * self.n_head * self.head_size * seq_len
+        return 6 * (blocks + n_vocab * self.n_embd) + attention
+
+
 @dataclass(frozen=True, kw_only=True, config=SECTION)
-class GPT2Config:
+class GPT2Config(_Architecture):
     """GPT-2's decoder (Radford et al. 2019): learned positions, pre-LN blocks, GELU, tied embeddings."""
 
     model_type: Literal["gpt2"] = "gpt2"
@@ -38,11 +72,6 @@ class GPT2Config:
     """Longest sequence the model can read, in tokens."""
     n_layer: Annotated[int, Strict(), Field(ge=1, le=2**12)]
     """Decoder layers."""
-
-    @property
-    def head_size(self) -> int:
-        """Hidden size of one attention head."""
-        return self.n_embd // self.n_head
 
     def parameter_shapes(self, n_vocab: int) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter by name, in the order of the module. Layer i's names begin with `blocks.i.`.
@@ -72,22 +101,6 @@ class GPT2Config:
             "final_norm.bias": (D,),
         }
 
-    def num_parameters(self, n_vocab: int) -> int:
-        """Trainable parameters, without the padding rows of the vocabulary."""
-        shapes = self.parameter_shapes(n_vocab)
-        padding = (shapes["token_embedding.weight"][0] - n_vocab) * self.n_embd
-        return sum(map(math.prod, shapes.values())) - padding
-
-    def flops_per_token(self, n_vocab: int, seq_len: int) -> int:
-        """Floating-point operations of training on one token, forward and backward.
-
-        6 x matmul weights (the tied head counts, the embedding lookup does not) + 12 n_layer n_embd seq_len for
-        attention, without a discount for causality (Chowdhery et al. 2022, PaLM, appendix B).
-        """
-        shapes = self.parameter_shapes(n_vocab)
-        blocks = sum(math.prod(s) for name, s in shapes.items() if name.startswith("blocks.") and len(s) == 2)
-        return 6 * (blocks + n_vocab * self.n_embd) + 12 * self.n_layer * self.n_embd * seq_len
-
     def activations_per_token(self, recomputation: str) -> tuple[int, int]:
         """Numbers that one layer keeps per token for backward: (in fp32, in the dtype of matmuls).
 
@@ -113,7 +126,7 @@ class GPT2Config:
         seed: int = 0,
         end_of_text: int | None = None,
         kernels: Kernels | None = None,
-    ) -> DecoderLM:
+    ) -> LanguageModel:
         """The module, on the current default device."""
         from distgpt.models.gpt2 import DecoderLM
 

@@ -16,7 +16,7 @@ from distgpt.config.fields import SECTION, Fraction, Rate, union_of
 if TYPE_CHECKING:
     import torch
 
-    from distgpt.models.gpt2 import DecoderLM
+    from distgpt.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -36,7 +36,7 @@ class AdamWConfig:
     grad_clip: Annotated[float, Strict(), Field(gt=0, le=10**9)] = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it."""
 
-    def build(self, model: DecoderLM) -> torch.optim.Optimizer:
+    def build(self, model: LanguageModel) -> torch.optim.Optimizer:
         """The optimizer of the model's parameters, with learning rate 0. Call it after the model is parallelized."""
         from distgpt.optim.adamw import build_adamw
 
