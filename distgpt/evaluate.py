@@ -42,14 +42,14 @@ class EvalInputs:
     runtime: RuntimeConfig
     context: DistributedContext
     max_tokens: int | None = None
-    """Only this many targets, the first, are scored; None: all."""
+    """Score only the first `max_tokens` targets; None: all."""
     after_batch: Callable[[], None] = lambda: None
     """Called after each batch, equally often on every rank."""
 
 
 @torch.no_grad()
 def evaluate(inputs: EvalInputs) -> EvalResult:
-    """Score each target of the stream once, in windows of `seq_len`. Every rank calls and gets the total."""
+    """Score each target of the stream once, in windows of `seq_len`. All ranks must call; each gets the total."""
     model, context = inputs.model, inputs.context
     was_training = model.training
     model.eval()
@@ -85,7 +85,7 @@ function that every rank calls and that returns named numbers, the same on every
 
 
 def run_evaluations(inputs: EvalInputs) -> tuple[EvalResult, dict[str, float]]:
-    """The validation result, and the numbers of all EVALUATIONS. Every rank calls."""
+    """The validation result, and the numbers of all EVALUATIONS. All ranks must call."""
     result = evaluate(inputs)
     numbers: dict[str, float] = {}
     for evaluation in EVALUATIONS.values():

@@ -37,12 +37,14 @@ class Sampling:
     """Divides the logits; 0 takes the most likely token."""
     top_k: int | None = None
     """How many of the most likely tokens can be chosen; None: all."""
-    seed: int = 0
 
 
 def next_token_probabilities(logits_BV: Tensor, temperature: float, top_k: int | None = None) -> Tensor:
-    """softmax(logits / temperature) over the `top_k` largest logits, BV; at temperature 0, 1 for the largest."""
-    if temperature < 1e-6:  # a smaller divisor is 0 in fp32
+    """softmax(logits / temperature) over the `top_k` largest logits, BV; at temperature 0, 1 for the largest.
+
+    Logits equal to the k-th largest all count as among them.
+    """
+    if temperature < 1e-6:  # practically greedy
         return F.one_hot(logits_BV.argmax(-1), logits_BV.shape[-1]).to(logits_BV.dtype)
     scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature  # no overflow at small temperatures
     if top_k is not None and top_k < logits_BV.shape[-1]:
@@ -213,7 +215,7 @@ def main(arguments: Sequence[str]) -> None:
     model, tokenizer, config = load_model(run)
     prompts = encode_prompts(texts, tokenizer, model.n_positions, config.mask_documents)
     model.to(resolve_device(options.device, 0, 1))
-    sampling = Sampling(options.temperature, options.top_k, options.seed)
+    sampling = Sampling(options.temperature, options.top_k)
     generators = prompt_generators(prompts, options.seed)
     generations: list[str] = []
     loss = 0.0

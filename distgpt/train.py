@@ -37,7 +37,7 @@ from distgpt.data.tokenizer import Tokenizer
 from distgpt.distributed.context import DistributedContext, init_distributed
 from distgpt.distributed.layout import ParallelLayout
 from distgpt.distributed.memory import tune_malloc
-from distgpt.distributed.parallelize import NamedValues, parallelize
+from distgpt.distributed.parallelize import NamedTensors, parallelize
 from distgpt.distributed.replica_check import check_replicas
 from distgpt.distributed.runtime import RuntimeConfig, resolve_runtime
 from distgpt.errors import NumericsError, exit_process, path_argument, run_command
@@ -51,13 +51,13 @@ from distgpt.training.run_header import format_run_header, platform_facts, softw
 from distgpt.training.state import ModelState, OptimizerState, Progress, RunFacts, TrainState
 from distgpt.training.step import StepSettings, seed_dropout, train_step, warm_up
 
-MAX_SKIPPED_IN_A_ROW = 10
-"""Consecutive updates that may be skipped because their gradient was not finite. Checked when a step is logged."""
+MAX_CONSECUTIVE_SKIPS = 10
+"""After so many consecutive updates skipped for non-finite gradients the run ends. Checked when a step is logged."""
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """Everything that the loop works with, set up."""
+    """A run that has been set up: what the loop works with."""
 
     config: Config
     context: DistributedContext
@@ -76,7 +76,7 @@ class TrainingRun:
     """Updates made before this process started."""
 
     def evaluate(self, step: int) -> None:
-        """Run the evaluations on the first `eval.max_tokens` validation tokens. Every rank calls."""
+        """Run the evaluations on the first `eval.max_tokens` validation tokens. All ranks must call."""
         self.watchdog.step = step  # a stop between validation batches reports it
         inputs = dataclasses.replace(self.eval_inputs, max_tokens=self.config.eval.max_tokens)
         result, numbers = run_evaluations(inputs)
@@ -84,16 +84,16 @@ class TrainingRun:
         self.state.progress.val_loss = result.loss
 
     def save_checkpoint(self, step: int) -> None:
-        """Compare the replicas, then save in the background. Every rank calls."""
+        """Compare the replicas, then save in the background. All ranks must call."""
         check_replicas(self.model, self.runtime.layout.shard_size, step, self.context)
         metrics_file = Path(self.config.output_dir) / METRICS_FILE
         self.logger.log_checkpoint_wait(step, self.saver.save(step, self.state, metrics_file))
 
 
 def train(config: Config, fresh: bool, source: Path | None, context: DistributedContext, watchdog: Watchdog) -> int:
-    """Train until `num_training_steps`, resuming from the latest checkpoint in `output_dir`. Every rank calls.
+    """Train until `num_training_steps`, resuming from the latest checkpoint in `output_dir`. All ranks must call.
 
-    A new run starts with the weights of the finished run or checkpoint `source`, if given, else with initial ones.
+    A new run starts with the weights of the finished run or checkpoint `source`, if given, else with random ones.
     Returns the exit code: 0, or that of a run that was asked to stop.
     """
     output_dir = Path(config.output_dir)
@@ -102,7 +102,7 @@ def train(config: Config, fresh: bool, source: Path | None, context: Distributed
     if inputs.results is None and context.run_on_rank0(
         lambda: watchdog.acquire_lock() or _list_outputs(output_dir) != outputs
     ):
-        inputs = _resolve_inputs(config, fresh, source, context)  # another run had the folder until now
+        inputs = _resolve_inputs(config, fresh, source, context)  # another run used the folder until now
     context.assert_same_on_ranks({"tokens": inputs.dataset.fingerprint})
     watchdog.step = inputs.resume.step if inputs.resume else 0
     if inputs.results is not None:
@@ -127,7 +127,7 @@ def train(config: Config, fresh: bool, source: Path | None, context: Distributed
 def set_up(
     config: Config, inputs: RunInputs, context: DistributedContext, saver: Saver, watchdog: Watchdog
 ) -> TrainingRun:
-    """Build the run, restore its checkpoint if there is one, print the run header, and compile. Every rank calls."""
+    """Build the run, restore its checkpoint if there is one, print the run header, and compile. All ranks must call."""
     resume, tokenizer, output_dir = inputs.resume, inputs.tokenizer, Path(config.output_dir)
     first_step = resume.step if resume else 0
     runtime = resolve_runtime(config, tokenizer.n_vocab, context, _previous_runtime(config, resume))
@@ -136,7 +136,7 @@ def set_up(
     watchdog.write_status("running")
 
     base_model = build_model(config, tokenizer, runtime.kernels(config))
-    weights: NamedValues | None = None
+    weights: NamedTensors | None = None
     if resume:
         weights = ()  # the checkpoint's are restored below
     elif inputs.source:
@@ -177,7 +177,7 @@ def set_up(
         logger.print("compiling: up to half a minute the first time")
     warm_up(model, [batch.to(context.device) for batch in loader.micro_batches(first_step)], runtime)
     logger.log_memory(first_step, context.all_gather_object(context.peak_bytes))
-    if runtime.kernels(config).cross_entropy != "full":  # all logits at once would use several times the memory
+    if runtime.kernels(config).cross_entropy != "full":  # its large buffers are worth keeping
         tune_malloc()
     return TrainingRun(
         config, context, runtime, model, optimizer, loader, eval_inputs, state, saver, logger, watchdog, first_step
@@ -194,7 +194,7 @@ def run_loop(run: TrainingRun) -> None:
     try:
         run.watchdog.start_training(step)
         if 0 < step < last_step and step % config.eval.every == 0 and progress.val_loss is None:
-            run.evaluate(step)  # it was interrupted
+            run.evaluate(step)  # the evaluation of this step was interrupted
         with StepProfiler(config.profile.steps, step, output_dir, context, logger.print, last_step) as profiler:
             while step < last_step:
                 lr = learning_rate(step, schedule)
@@ -208,8 +208,8 @@ def run_loop(run: TrainingRun) -> None:
 
                 if step % config.log_every == 0 or step == last_step:
                     loss = float(context.all_reduce_sum(result.loss_sum)) / config.tokens_per_step
-                    skipped, skipped_in_a_row = map(int, progress.skipped.tolist())
-                    _check_finite(run.loader.sampler, step, loss, skipped_in_a_row)
+                    skipped, consecutive_skips = map(int, progress.skipped.tolist())
+                    _check_skips(run.loader.sampler, step, loss, consecutive_skips)
                     logger.log_step(step, loss, lr, float(result.grad_norm), skipped, result.extra)
                 for warning in run.saver.drain_warnings():
                     logger.print(warning)
@@ -229,7 +229,7 @@ def run_loop(run: TrainingRun) -> None:
 
 
 def finish(run: TrainingRun) -> None:
-    """Evaluate on all validation tokens, and write the weights and `eval.json`. Every rank calls."""
+    """Evaluate on all validation tokens, and write the weights and `eval.json`. All ranks must call."""
     last_step, output_dir = run.config.num_training_steps, Path(run.config.output_dir)
     run.logger.log_memory(last_step, run.context.all_gather_object(run.context.peak_bytes))
     result, numbers = run_evaluations(run.eval_inputs)
@@ -252,7 +252,7 @@ def _list_outputs(output_dir: Path) -> list[str]:
 
 
 def _resolve_inputs(config: Config, fresh: bool, source: Path | None, context: DistributedContext) -> RunInputs:
-    """Check everything that the run needs. Rank 0 chooses and hashes the checkpoint for all. Every rank calls."""
+    """Check everything that the run needs. Rank 0 chooses and hashes the checkpoint for all. All ranks must call."""
 
     def find() -> Any:
         checkpoint, rejected = find_latest_checkpoint(config, fresh)
@@ -291,7 +291,7 @@ def _run_facts(config: Config, inputs: RunInputs, runtime: RuntimeConfig, contex
 
 
 def _prepare_output_dir(output_dir: Path, config: Config, tokenizer: Tokenizer, is_new: bool) -> None:
-    """Write the resolved config and the tokenizer. A new run first deletes what an earlier run wrote, nothing else."""
+    """Write the resolved config and the tokenizer. A new run first deletes an earlier run's checkpoints and results."""
     if is_new:
         store.remove_all(output_dir)
         for name in (METRICS_FILE, "eval.json", WEIGHTS_FILE):
@@ -300,17 +300,17 @@ def _prepare_output_dir(output_dir: Path, config: Config, tokenizer: Tokenizer, 
     tokenizer.save(output_dir / TOKENIZER_DIR)
 
 
-def _check_finite(sampler: Sampler, step: int, loss: float, skipped_in_a_row: int) -> None:
-    """Raise NumericsError, on every rank, when gradients stay non-finite. No weight has changed since they began to."""
-    if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-        first = step - skipped_in_a_row + 1
+def _check_skips(sampler: Sampler, step: int, loss: float, consecutive_skips: int) -> None:
+    """Raise NumericsError, on every rank, when gradients stay non-finite. Weights have not changed since."""
+    if consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
+        first = step - consecutive_skips + 1
         windows = sampler.windows_at_step(first - 1, all_ranks=True)
         listed = ", ".join(map(str, windows[:8])) + (", ..." if len(windows) > 8 else "")
         raise NumericsError(
             f"step {first}: the gradients of this step and all following to step {step} were not finite (the loss is "
-            f"{loss}), expected fewer than {MAX_SKIPPED_IN_A_ROW} such steps in a row; step {first} read sequences "
-            f"{listed} (of seq_len tokens each, from 0, of train); lower max_lr, raise num_warmup_steps or use "
-            "precision=fp32, and start over; the last checkpoint is intact",
+            f"{loss}), expected fewer than {MAX_CONSECUTIVE_SKIPS} such steps in a row; step {first} read sequences "
+            f"{listed} (0-based, of seq_len tokens each, of train); resume with precision=fp32, or start over with a "
+            "lower max_lr or more num_warmup_steps; the last checkpoint is intact",
             on_all_ranks=True,
         )
 

@@ -133,7 +133,7 @@ def standard_loader(
 
 
 def whole(tensor: torch.Tensor | None) -> np.ndarray:
-    """A tensor of which this rank may hold a part. Every rank calls."""
+    """A tensor of which this rank may hold a part. All ranks must call."""
     assert tensor is not None
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full.detach().numpy().copy()

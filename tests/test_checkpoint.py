@@ -245,6 +245,7 @@ def test_state_of_a_format_1_checkpoint_is_converted() -> None:
         "activation_checkpointing": "none",
     }
     assert runtime == {"precision": "fp32", "compile": False, "device": "cpu"}
+    assert state["run"].pop("run_id") == old.pop("wandb_run_id")
     assert state["run"] == {key: value for key, value in old.items() if key not in ("execution", "skipped", "val_loss")}
 
 

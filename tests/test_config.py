@@ -242,7 +242,7 @@ def test_help_lists_every_key_with_type_default_and_meaning() -> None:
 @pytest.mark.parametrize(("sequences", "batch_size"), [(32, 32), (32, 8), (33, 8), (1, 4), (5, 1), (100, 7)])
 def test_ranks_and_micro_steps_divide_the_batch_exactly(ranks: int, sequences: int, batch_size: int) -> None:
     plan = BatchPlan(sequences, batch_size, ranks)
-    shares = [plan.micro_batches(rank) for rank in range(ranks)]
+    shares = [plan.micro_batch_sizes(rank) for rank in range(ranks)]
     assert sum(map(sum, shares)) == sequences
     assert {len(share) for share in shares} == {plan.micro_steps}
     sizes = [size for share in shares for size in share]

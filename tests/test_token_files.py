@@ -469,5 +469,5 @@ def test_data_command_refuses_ids_outside_the_vocabulary(run: Run, tmp_path: Pat
     assert done.returncode == 3
     assert done.stderr == (
         "distgpt: error: t.npz: train[2] is token 60000, expected 0 to 50256 (the tokenizer's vocabulary); "
-        "check tokenizer_encoding or make the tokens again\n"
+        "check tokenizer_encoding or create the tokens again\n"
     )

@@ -177,20 +177,23 @@ def io(folder: Path, layouts: list[Layout], every: int) -> Iterator[str]:
     for layout in layouts:
         num_deaths, problems = 0, []
         base = prepare(folder / f"io-{layout[0]}-{layout[1]}")
-        run = start(base, layout, "num_training_steps=6")  # three checkpoints, of which two are kept
+        six_steps, eight_steps = (("lr_decay_steps=8", f"num_training_steps={steps}") for steps in (6, 8))
+        run = start(base, layout, *six_steps)  # three checkpoints, of which two are kept
         assert run.process.wait() == 0, run.text()
         for action, rank in itertools.product(("kill", "torn"), sorted({0, layout[0] - 1})):
             for call in itertools.count(1, every):
                 run_folder = base.with_name(f"{base.name}-{action}-{rank}-{call}")
                 shutil.copytree(base, run_folder)
-                run = start(run_folder, layout, "num_training_steps=8", fault=f"io:{action}:{rank}:{call}")
-                if run.process.wait() == 0:
+                run = start(run_folder, layout, *eight_steps, fault=f"io:{action}:{rank}:{call}")
+                code = run.process.wait()
+                if code == 0:
                     break
+                assert code == -signal.SIGKILL or "SIGKILL" in run.text(), run.text()  # it died of nothing else
                 run.end()
                 num_deaths += 1
                 new_problems = checkpoint_problems(run, 6)
                 if not new_problems and call % 4 == 1:  # and the same command resumes it
-                    run = start(run_folder, layout, "num_training_steps=8")
+                    run = start(run_folder, layout, *eight_steps)
                     failed = run.process.wait() != 0
                     new_problems = [run.text()[-600:]] if failed else checkpoint_problems(run, 8)
                 problems += [f"{action} at call {call} of rank {rank}: {problem}" for problem in new_problems]

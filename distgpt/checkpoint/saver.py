@@ -84,7 +84,7 @@ class Saver:
             self.wait(last=True)
 
     def save(self, step: int, state: Stateful, fsync_first: Path | None = None) -> float:
-        """Copy a training state and write it as the checkpoint of `step` in the background. Every rank calls.
+        """Copy a training state and write it as the checkpoint of `step` in the background. All ranks must call.
 
         `state.state_dict()` is {part: {key: value}}. `fsync_first` is a file that must be on disk before the checkpoint
         is. Returns the seconds that training waited. Raises the error of the previous save if that ends the run.
@@ -118,7 +118,7 @@ class Saver:
         return [self._warnings.pop(0) for _ in range(len(self._warnings))]
 
     def wait(self, last: bool = False) -> None:
-        """Wait for the save in flight. Every rank calls, and all raise the same error if its failure ends the run.
+        """Wait for the save in flight. All ranks must call, and all raise the same error if its failure ends the run.
 
         With `last`, a single failure does.
         """
@@ -150,7 +150,7 @@ def split_state(state_dict: dict[str, dict[str, Any]]) -> tuple[dict[str, Tensor
 def write_checkpoint(
     snapshot: Snapshot, output_dir: Path, launch_id: str, keep: int, context: DistributedContext
 ) -> None:
-    """Write a checkpoint, then delete those that are no longer kept. Every rank calls, and writes its shards.
+    """Write a checkpoint, then delete those that are no longer kept. All ranks must call, and each writes its shards.
 
     Raises RuntimeEnvironmentError on every rank where any rank cannot write, or cannot read back what it wrote. Earlier
     checkpoints are intact then.
@@ -171,7 +171,7 @@ def write_checkpoint(
 def _write_and_commit(
     snapshot: Snapshot, output_dir: Path, launch_id: str, keep: int, context: DistributedContext
 ) -> None:
-    """Write the snapshot's tensors and state to a staging folder and make it a checkpoint. Every rank calls."""
+    """Write the snapshot's tensors and state to a staging folder and make it a checkpoint. All ranks must call."""
     step, tensors = snapshot.step, snapshot.tensors
     staging_dir = store.staging_path(output_dir, step, launch_id)
     context.run_on_all_ranks(lambda: context.is_rank0 and store.create_staging_dir(output_dir, step, launch_id))
@@ -220,7 +220,7 @@ def assign_files(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 
 def restore(checkpoint: Checkpoint, state: Stateful, context: DistributedContext) -> None:
-    """Load a checkpoint into a training state, at any world size and parallel layout. Every rank calls.
+    """Load a checkpoint into a training state, at any world size and parallel layout. All ranks must call.
 
     A part that the checkpoint does not have, because it was added to the state later, stays as it is if it has no
     tensors.
@@ -238,6 +238,6 @@ def restore(checkpoint: Checkpoint, state: Stateful, context: DistributedContext
 def read_tensors(path: Path, tensors: dict[str, Tensor], alone: bool) -> None:
     """Fill tensors in place, by name, from the checkpoint in the folder `path`.
 
-    Every rank calls. With `alone`, only this rank does, and reads what it asks for without communication.
+    All ranks must call. With `alone`, only this rank does, and reads what it asks for without communication.
     """
     load_tensors(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)

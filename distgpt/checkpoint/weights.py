@@ -26,7 +26,7 @@ WEIGHTS_FILE, TOKENIZER_DIR = "model.safetensors", "tokenizer"
 def save_weights(output_dir: Path, model: LanguageModel, context: DistributedContext) -> None:
     """Write `model.safetensors`, without the padding rows of the vocabulary.
 
-    `model` is the module inside DDP, or the one that FSDP sharded. Every rank calls, and rank 0 writes.
+    `model` is the module inside DDP, or the one that FSDP sharded. All ranks must call, and rank 0 writes.
     """
     from safetensors.torch import save_file
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

@@ -46,10 +46,10 @@ class TrainLoader:
     """The token that begins a document, where attention stays within documents."""
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches at `step` (from 0). One without a sequence of its own has a row without targets."""
+        """This rank's micro-batches at `step` (from 0). An empty one becomes a row without targets."""
         window_ids, T = self.sampler.windows_at_step(step), self.windows.seq_len
         batches, first = [], 0
-        for size in self.sampler.plan.micro_batches(self.sampler.dp_rank):
+        for size in self.sampler.plan.micro_batch_sizes(self.sampler.dp_rank):
             rows = [self.windows[int(window_id)] for window_id in window_ids[first : first + size]]
             batches.append(make_batch(rows, T, size or 1, self.end_of_text))
             first += size
@@ -90,7 +90,7 @@ def validation_batches(
     """This rank's share of a stream read in order: over all ranks, each token but the first is a target exactly once.
 
     Every rank gets the same number of batches of the same shape, so that a model whose forward communicates can be
-    evaluated. The last batches are padded with positions without targets. `max_tokens` limits the targets to the first.
+    evaluated. The last batches are padded with positions without targets. Only the first `max_tokens` targets count.
     """
     num_targets = len(tokens) - 1 if max_tokens is None else min(len(tokens) - 1, max_tokens)
     windows = range(0, num_targets, seq_len)

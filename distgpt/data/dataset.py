@@ -88,7 +88,7 @@ def open_dataset(config: Config, tokenizer: Tokenizer, for_training: bool = True
             )
         if len(arrays[name]) < 2:
             raise DataError(
-                f"{path}: {name} has {len(arrays[name])} tokens, expected at least 2; make the tokens again"
+                f"{path}: {name} has {len(arrays[name])} tokens, expected at least 2; create the tokens again"
             )
     dataset = Dataset(path, arrays["train"], arrays["val"], note)
     for array in (dataset.train, dataset.val):
@@ -119,5 +119,5 @@ def _check_num_tokens(config: Config, dataset: Dataset, is_sample: bool) -> None
         raise DataError(
             f"{dataset.path}: train has {num_tokens:,} tokens, expected at least {config.tokens_per_step + 1:,} "
             f"({config.sequences_per_step} sequences of seq_len {config.seq_len} in one step); "
-            "give more tokens or lower batch_size or seq_len"
+            "give more tokens, or lower seq_len or the global batch size"
         )

@@ -40,7 +40,7 @@ def _open_bin(path: Path, name: str) -> TokenArray:
     if not size or size % _DTYPE.itemsize:
         raise DataError(
             f"{path}: got {size:,} bytes, expected uint16 tokens without a header: an even number of bytes, at least "
-            "2; fetch or make it again"
+            "2; download or create it again"
         )
     with path.open("rb") as file:
         magic = int.from_bytes(file.read(4), "little")

@@ -45,7 +45,7 @@ def _open_npz(path: Path) -> dict[str, TokenArray]:
         with zipfile.ZipFile(path) as archive:
             arrays = [_open_member(archive, member, path, size) for member in archive.infolist()]
     except invalid as error:
-        raise DataError(f"{path}: damaged .npz ({size:,} bytes: {error}); fetch or make it again") from None
+        raise DataError(f"{path}: damaged .npz ({size:,} bytes: {error}); download or create it again") from None
     return {array.name: array for array in arrays}
 
 
@@ -119,7 +119,7 @@ def _open_npy(
         if array_stop > stop:
             raise DataError(
                 f"{path}: {name} needs bytes up to {array_stop:,}, but the file ends at {stop:,}; "
-                "it was cut short: fetch or make it again"
+                "it was cut short: download or create it again"
             )
         if fingerprint is None:
             fingerprint = tail_fingerprint(file, offset, array_stop)
@@ -136,7 +136,7 @@ def _read_npy_header(file: BinaryIO, location: str) -> tuple[tuple[int, ...], np
             raise ValueError(f"shape {shape}")
     except Exception as error:  # numpy's parser raises many types on damaged headers: TokenError, OverflowError, ...
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{location}: invalid .npy header ({reason}); fetch or make the file again") from None
+        raise DataError(f"{location}: invalid .npy header ({reason}); download or create the file again") from None
     return shape, dtype
 
 

@@ -1,9 +1,9 @@
-"""Which sequences each rank reads at each step. Order is arithmetic, not state.
+"""Which sequences each rank reads at each step. The order is computed, not stored.
 
 The stream of sequences is position p = 0, 1, 2, ...; epoch = p // windows; position p reads window
 permutation(seed, epoch)[p % windows]. Step s takes positions [s G, (s + 1) G) for G sequences per update, and
-data-parallel rank r of w takes every w-th of them. A resume needs only the step number, and any number of ranks reads
-the same sequences at the same step.
+data-parallel rank r of w takes every w-th of them, from the r-th. A resume needs only the step number, and any
+number of ranks reads the same sequences at the same step.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class BatchPlan:
         """Most sequences that any rank feeds through the model at a time."""
         return math.ceil(math.ceil(self.sequences / self.dp_size) / self.micro_steps)
 
-    def micro_batches(self, dp_rank: int) -> list[int]:
+    def micro_batch_sizes(self, dp_rank: int) -> list[int]:
         """Sequences in each micro-step of a rank; a size may be 0."""
         rank_sequences = len(range(dp_rank, self.sequences, self.dp_size))
         return [len(range(i, rank_sequences, self.micro_steps)) for i in range(self.micro_steps)]
 
     def equation(self, seq_len: int) -> str:
-        """The batch arithmetic in one line, for people."""
+        """The batch arithmetic in one human-readable line."""
         total = f"{self.sequences:,} sequences ({self.sequences * seq_len:,} tokens) per step"
         shares = {len(range(rank, self.sequences, self.dp_size)) for rank in (0, self.dp_size - 1)}
         steps = self.micro_steps

@@ -34,7 +34,7 @@ class StoredChecksum(NamedTuple):
     """First byte of the range."""
     num_bytes: int
     crc32: int
-    remedy: str = "fetch or make it again"
+    remedy: str = "download or create it again"
     """What to do if the bytes do not match."""
 
 
@@ -70,7 +70,7 @@ class TokenArray:
             index = int(np.argmax((tokens >= n_vocab) | (tokens < 0)))
             raise DataError(
                 f"{self.path}: {self.name}[{start + index}] is token {tokens[index]}, expected 0 to {n_vocab - 1} "
-                "(the tokenizer's vocabulary); check tokenizer_encoding or make the tokens again"
+                "(the tokenizer's vocabulary); check tokenizer_encoding or create the tokens again"
             )
         return tokens
 

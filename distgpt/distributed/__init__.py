@@ -1,1 +1,1 @@
-"""The processes of a run: who they are, how the model is parallelized over them, and what that costs."""
+"""The ranks of a run, how the model is parallelized over them, and what that costs."""

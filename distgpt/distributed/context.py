@@ -1,7 +1,7 @@
 """Rank, world size, device, mesh and collectives of this process: the `DistributedContext`.
 
-One process without torchrun has a context of world size 1: the same calls, without communication. With `rendezvous`,
-this is the only module that reads torchrun's environment variables and initializes `torch.distributed`.
+One process without torchrun has a context of world size 1: the same calls, without communication. This and
+`rendezvous` are the only modules that initialize `torch.distributed`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ JOIN_SECONDS = 900.0
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process among all processes of the run."""
+    """This process's rank, device, mesh and collectives."""
 
     rank: int
     world_size: int
@@ -46,7 +46,7 @@ class DistributedContext:
     """Ranks on this machine."""
     device: torch.device
     num_threads: int
-    """Threads of each CPU operation; part of what a bit-identical rerun needs."""
+    """Intra-op threads; part of what a bit-identical rerun needs."""
     group: dist.ProcessGroup | None = None
     """The process group of this context's collectives; None for the default group of all ranks."""
     mesh: DeviceMesh | None = None
@@ -104,14 +104,14 @@ class DistributedContext:
         return peak_resident_bytes()
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The tensor summed over all ranks, as a new tensor. Every rank calls."""
+        """The tensor summed over all ranks. All ranks must call."""
         if self.world_size > 1:
             tensor = tensor.clone()
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """The `value` of every rank in rank order. Values go through JSON, never through pickle. Every rank calls."""
+        """The `value` of every rank in rank order. Values pass through JSON, never pickle. All ranks must call."""
         if self.world_size == 1:
             return [value]
         raw = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -124,12 +124,12 @@ class DistributedContext:
         return [json.loads(bytes(part[: int(n)].tolist())) for part, n in zip(parts, lengths, strict=True)]
 
     def broadcast_object(self, value: T) -> T:
-        """Rank 0's `value`, as JSON, on every rank. Every rank calls."""
+        """Rank 0's JSON-serializable `value`, on every rank. All ranks must call."""
         shared: T = self.all_gather_object(value if self.is_rank0 else None)[0]
         return shared
 
     def run_on_all_ranks(self, action: Callable[[], T]) -> T:
-        """Run `action` on every rank and return its result. Every rank calls.
+        """Run `action` on every rank and return its result. All ranks must call.
 
         A UserError or an OSError on any rank is raised on all of them, so that none waits for a rank that has exited.
         """
@@ -148,9 +148,9 @@ class DistributedContext:
         return result  # type: ignore[return-value]
 
     def run_on_rank0(self, action: Callable[[], T]) -> T:
-        """Run `action` on rank 0 and return its result, as JSON, on every rank.
+        """Run `action` on rank 0 and return its JSON-serializable result on every rank.
 
-        Every rank calls. An error is raised on all of them, as in `run_on_all_ranks`.
+        All ranks must call. An error is raised on all of them, as in `run_on_all_ranks`.
         """
         result = self.run_on_all_ranks(lambda: action() if self.is_rank0 else None)
         return self.broadcast_object(result)  # type: ignore[return-value]
@@ -158,14 +158,14 @@ class DistributedContext:
     def rank0_first(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0, then on the others: files that it creates are created once, by rank 0.
 
-        Every rank calls. An error is raised on all of them, as in `run_on_all_ranks`.
+        All ranks must call. An error is raised on all of them, as in `run_on_all_ranks`.
         """
         on_rank0 = self.run_on_all_ranks(lambda: action() if self.is_rank0 else None)
         on_others = self.run_on_all_ranks(lambda: None if self.is_rank0 else action())
         return on_rank0 if self.is_rank0 else on_others  # type: ignore[return-value]
 
     def assert_same_on_ranks(self, values: dict[str, Any]) -> None:
-        """Raise ConfigError on every rank, one line per key, unless all ranks have equal `values`. Every rank calls."""
+        """Raise ConfigError on every rank, a line per key, unless all have equal `values`. All ranks must call."""
         all_values = self.all_gather_object(values)
         lines = []
         for key in values:
@@ -181,13 +181,13 @@ class DistributedContext:
             raise ConfigError("\n".join(lines), on_all_ranks=True)
 
     def with_new_group(self) -> DistributedContext:
-        """A copy with its own gloo group, for collectives on another thread. Every rank calls."""
+        """A copy with its own gloo group, for collectives on another thread. All ranks must call."""
         return replace(self, group=dist.new_group(backend="gloo") if self.world_size > 1 else None)
 
     def with_mesh(self, shard_size: int) -> DistributedContext:
-        """A copy whose mesh shards over `shard_size` neighboring ranks and replicates over the rest.
+        """A copy whose mesh shards over `shard_size` consecutive ranks and replicates over the rest.
 
-        Unchanged where there is no process group. Every rank calls.
+        Unchanged where there is no process group. All ranks must call.
         """
         if not self.is_distributed:
             return self
@@ -196,18 +196,18 @@ class DistributedContext:
         return replace(self, mesh=mesh)
 
     def close(self) -> None:
-        """Leave the process group together with the other ranks. Every rank calls, when nothing uses it anymore."""
+        """Leave the process group together with the other ranks. All ranks must call, when nothing uses it anymore."""
         if self.is_distributed:
-            gc.collect()
+            gc.collect()  # what is left of wrapped models must go before the group does
             dist.barrier()
             dist.destroy_process_group()
 
 
 def init_distributed(device: str, join_seconds: float = JOIN_SECONDS) -> DistributedContext:
-    """Read torchrun's environment, choose the device and join the process group. Every rank calls, once, first.
+    """Read torchrun's environment, choose the device and join the process group. All ranks must call it once, first.
 
-    `device` is the config's key. Raises RuntimeEnvironmentError where the environment or the device cannot be used, or
-    where not all ranks have joined within `join_seconds`.
+    `device` is the config's value. Raises RuntimeEnvironmentError if the environment or the device cannot be used, or
+    not all ranks join within `join_seconds`.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     variables = {name: os.environ[name] for name in names if name in os.environ}
@@ -242,7 +242,7 @@ def init_distributed(device: str, join_seconds: float = JOIN_SECONDS) -> Distrib
 
 
 def resolve_device(device: str, local_rank: int, world_size: int) -> torch.device:
-    """This rank's device for the config's key `device`.
+    """This rank's device for the config's value `device`.
 
     Raises ConfigError if the text does not name a device, RuntimeEnvironmentError if the device does not exist.
     """
@@ -283,7 +283,7 @@ def resolve_device(device: str, local_rank: int, world_size: int) -> torch.devic
 
 
 def resolve_num_threads(local_world_size: int) -> int:
-    """Threads of each CPU operation: OMP_NUM_THREADS if the user set it, else this rank's share of the processors."""
+    """Intra-op threads: OMP_NUM_THREADS if the user set it, else this rank's share of the processors."""
     text = os.environ.get("OMP_NUM_THREADS", "")
     set_by_torchrun = text == "1" and local_world_size > 1  # its default, whatever the number of processors
     if text.isascii() and text.isdecimal() and 0 < int(text) <= MAX_THREADS and not set_by_torchrun:

@@ -1,4 +1,4 @@
-"""What a training step needs under each parallel layout: memory and communication, estimated by closed forms.
+"""What a training step needs under each parallel layout: memory and communication, estimated in closed form.
 
 Imports no torch. `python -m distgpt.config CONFIG --estimate` prints the table.
 """
@@ -15,7 +15,7 @@ from distgpt.distributed.layout import ParallelLayout
 from distgpt.models.architectures import ModelConfig
 
 FP32_BYTES = 4
-"""Size of a weight, of its gradient, and of each of AdamW's two moments: all are fp32 whatever the precision."""
+"""Bytes of an fp32 number. Weights, gradients and optimizer state are fp32 in every precision."""
 
 USABLE_FRACTION = 0.9
 """Usable share of a device's memory. The driver, libraries and fragmentation take the rest."""
@@ -57,7 +57,7 @@ class StepWorkload:
 
 
 def estimate_memory(workload: StepWorkload, layout: ParallelLayout) -> dict[str, int]:
-    """Bytes by purpose on the rank that needs most, at the peak of a step: the turn from forward to backward.
+    """Bytes by purpose on the rank that needs most, at the peak of a step: the end of forward.
 
     Counts eager execution with all logits at once; compilation and chunked cross-entropy need less. Dropout needs more,
     and so does attention within documents (by about an eighth of the activations).
@@ -71,7 +71,7 @@ def estimate_memory(workload: StepWorkload, layout: ParallelLayout) -> dict[str,
         cast = all_numel if layout.activation_checkpointing == "none" else non_block
         copies = 2 * cast if workload.precision == "bf16" else 0
     else:
-        # One block computes while the next is gathered; the other parameters stay unsharded, in fp32.
+        # One block computes while the next is gathered; embeddings and the final norm stay unsharded, in fp32.
         num_blocks = min(2, model.n_layer) if layout.reshard_after_forward else model.n_layer
         copies = FP32_BYTES * non_block + workload.matmul_bytes * num_blocks * block
         if layout.sync_each_micro_step or batch.micro_steps == 1:
@@ -87,7 +87,7 @@ def estimate_memory(workload: StepWorkload, layout: ParallelLayout) -> dict[str,
     if layout.activation_checkpointing != "none":  # one layer is recomputed at a time
         activations += layer_bytes("none")
     vocab_rows, _ = embedding_shape = workload.shapes["token_embedding.weight"]
-    logits = (workload.matmul_bytes + 3 * FP32_BYTES) * vocab_rows  # logits, softmax, two gradients
+    logits = (workload.matmul_bytes + 3 * FP32_BYTES) * vocab_rows  # logits; in fp32 their copy, softmax and gradient
     embedding_gradient = FP32_BYTES * math.prod(embedding_shape)  # dense, before it is added to the head's
     tokens = batch.largest_micro_batch * workload.seq_len
     return {
@@ -101,7 +101,7 @@ def estimate_memory(workload: StepWorkload, layout: ParallelLayout) -> dict[str,
 
 
 def fits_in_memory(workload: StepWorkload, layout: ParallelLayout, device_bytes: float) -> bool:
-    """Whether the estimate fits a rank's memory."""
+    """Whether the estimate fits the usable share of a rank's memory."""
     return sum(estimate_memory(workload, layout).values()) <= USABLE_FRACTION * device_bytes
 
 

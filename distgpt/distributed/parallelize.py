@@ -1,6 +1,6 @@
-"""Apply activation checkpointing, compilation and DDP or FSDP to a model, in torch's own calls.
+"""Apply activation checkpointing, compilation and DDP or FSDP to a model with PyTorch's APIs.
 
-The model itself is written for a single device. Every rank calls every function here.
+The model itself is written for a single device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from distgpt.distributed.layout import ParallelLayout
 from distgpt.distributed.runtime import RuntimeConfig
 from distgpt.models.language_model import LanguageModel
 
-NamedValues = Iterable[tuple[str, Tensor]]
+NamedTensors = Iterable[tuple[str, Tensor]]
 """Parameter names, each with the whole parameter's values on the CPU."""
 
 aten = torch.ops.aten
@@ -35,13 +35,13 @@ SAC_SAVE_OPS = [
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
 ]
-"""Outputs that selective activation checkpointing keeps: expensive matmuls and attention (Korthikanti et al. 2022)."""
+"""Outputs that selective activation checkpointing keeps: those of matmuls and fused attention, which are expensive."""
 
 
 def parallelize(
-    model: LanguageModel, context: DistributedContext, runtime: RuntimeConfig, weights: NamedValues | None = None
+    model: LanguageModel, context: DistributedContext, runtime: RuntimeConfig, weights: NamedTensors | None = None
 ) -> nn.Module:
-    """The model ready to train: wrapped, on its device, with its weights. Called like the model itself.
+    """The model ready to train: wrapped, on its device, with its weights. All ranks must call.
 
     The model is changed in place, so that it can be used beside the wrapped one (for evaluation, say). A model on the
     meta device gets its values here, by default its initial ones, each rank only its shard of them: no rank ever holds
@@ -50,7 +50,7 @@ def parallelize(
     layout = runtime.layout
     torch.set_float32_matmul_precision("high" if runtime.precision == "tf32" else "highest")
     compiles_blocks = runtime.compiles_blocks(model.end_of_text is not None)
-    if model.end_of_text is not None and compiles_blocks:  # graph breaks at attention: checkpoint around them
+    if model.end_of_text is not None and compiles_blocks:  # the graph breaks at attention: checkpoint its pieces
         _apply_compile(model, context)
     _apply_activation_checkpointing(model, layout.activation_checkpointing)
     if model.end_of_text is None and compiles_blocks:
@@ -61,7 +61,7 @@ def parallelize(
         _apply_fsdp(model, context, runtime)
     if model.token_embedding.weight.is_meta:
         model.to_empty(device=context.device)
-        load_values(model, model.initial_weights() if weights is None else weights, context.device)
+        load_parameters(model, model.initial_weights() if weights is None else weights, context.device)
     else:
         model.to(context.device)
     return _apply_ddp(model, context, layout) if layout.strategy == "ddp" else model
@@ -73,8 +73,9 @@ def canonical_name(name: str) -> str:
 
 
 @torch.no_grad()
-def load_values(model: nn.Module, values: NamedValues, device: torch.device) -> None:
+def load_parameters(model: nn.Module, values: NamedTensors, device: torch.device) -> None:
     """Give every parameter, or this rank's shard of it, its values; one whole parameter at a time."""
+    assert not list(model.buffers()), "models have no buffers: they would stay uninitialized"
     parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
     for name, tensor in values:
         parameter = parameters[name]
@@ -99,11 +100,11 @@ def _apply_activation_checkpointing(model: LanguageModel, mode: str) -> None:
 def _apply_compile(model: LanguageModel, context: DistributedContext) -> None:
     """Compile each block; as the blocks are identical, one compilation serves all.
 
-    The embeddings stay outside: compiled for the CPU, their backward adds atomically, and no two runs are identical.
+    The embeddings stay eager: in inductor's CPU code their backward uses atomic adds, which are not deterministic.
     """
-    # Otherwise DDP's graph splitting cuts each block at its gradient buckets.
+    # Otherwise dynamo splits the graph of each block at DDP's gradient buckets.
     torch._dynamo.config.optimize_ddp = False
-    # The CPU's own generator is faster than inductor's, and dropout then drops what it drops without compilation.
+    # The CPU's own generator is faster than inductor's, and gives the dropout masks of eager execution.
     options: dict[str, Any] | None = {"fallback_random": True} if context.device.type == "cpu" else None
     for block in model.blocks:
         block.compile(dynamic=False, options=options)
@@ -112,8 +113,8 @@ def _apply_compile(model: LanguageModel, context: DistributedContext) -> None:
 def _apply_fsdp(model: LanguageModel, context: DistributedContext, runtime: RuntimeConfig) -> None:
     """Shard every parameter's rows over the ranks (FSDP2); a block is gathered while it computes.
 
-    The root group holds the embeddings (one of them is used at both ends) and the last norm. It stays in fp32, so that
-    the residual stream and the sum of the embedding's two gradients do. In bf16 the blocks' weights are gathered in
+    The root group holds the embeddings, one of which is tied to the LM head, and the final norm. It stays in fp32 to
+    keep the residual stream and the embedding's summed gradient in fp32. In bf16 the blocks' weights are gathered in
     bf16, norms and biases included (DDP keeps these in fp32).
     """
     layout = runtime.layout

@@ -81,7 +81,7 @@ def _rendezvous(rank: int, world_size: int, timeout_seconds: float) -> tuple[Sto
         return None, [0]
     remaining = max(1.0, deadline - time.monotonic())
     # With a world size of 1 the store waits for no other rank; the loop below does, and knows which are missing.
-    # On a thread, since the store's client would wait forever if another program listens at this port.
+    # On a thread, since the store's client would wait forever if another program listens on this port.
     opening = rendezvous("env://", rank, 1, timeout=datetime.timedelta(seconds=remaining))
     store, _, _ = ThreadPoolExecutor(1).submit(next, opening).result(remaining + 1)
     store = _prefixed(store, "group")

@@ -1,4 +1,4 @@
-"""Compare checksums of the replicas' weights, to find a faulty memory or processor that the loss does not show.
+"""Compare checksums of the replicas' weights, to find silent data corruption.
 
 The checksum of a tensor is the XOR of its elements' bits: a single flipped bit always changes it.
 """
@@ -16,7 +16,7 @@ from distgpt.errors import NumericsError
 
 
 def check_replicas(model: nn.Module, shard_size: int, step: int, context: DistributedContext) -> None:
-    """Raise NumericsError, on every rank, unless ranks with the same weights have equal checksums. Every rank calls.
+    """Raise NumericsError, on every rank, unless ranks with the same weights have equal checksums. All ranks must call.
 
     `shard_size` ranks hold one replica.
     """
@@ -37,6 +37,6 @@ def check_replicas(model: nn.Module, shard_size: int, step: int, context: Distri
             who = f"rank {mismatched[0]} holds" if has_majority else f"ranks {ranks[0]} and {mismatched[0]} hold"
             raise NumericsError(
                 f"step {step}: {who} different weights, expected identical bits on ranks {list(ranks)}; "
-                "suspect its memory or processor; the same command resumes from the last checkpoint",
+                "suspect the hardware; the same command resumes from the last checkpoint",
                 on_all_ranks=True,
             )

@@ -1,6 +1,6 @@
-"""What `auto` resolves to for a run: precision, compilation and the parallel layout. Every rank calls.
+"""What `auto` resolves to for a run: precision, compilation and the parallel layout. All ranks must call.
 
-Resolved once, kept in the checkpoint and used again on resume, since any of them changes rounding.
+Resolved once, kept in the checkpoint and used again on resume, since each of them affects rounding.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class RuntimeConfig:
     layout: ParallelLayout = field(default_factory=ParallelLayout)
 
     def compiles_blocks(self, has_documents: bool) -> bool:
-        """Whether blocks are compiled. Selective activation checkpointing cannot see into the pieces of a block that
-        attention within documents leaves to compile."""
+        """Whether blocks are compiled. Document attention breaks a block's graph, and selective activation
+        checkpointing does not work on the compiled pieces, so that such blocks stay eager."""
         return self.compile and not (has_documents and self.layout.activation_checkpointing == "selective")
 
     def kernels(self, config: Config) -> Kernels:
@@ -82,7 +82,7 @@ def resolve_precision(config: Config, context: DistributedContext) -> str:
 def _resolve_compile(config: Config, n_vocab: int, context: DistributedContext) -> bool:
     """Whether to compile: as the config says, or where that works and pays.
 
-    A warm compile cache does not count: the same command would otherwise give other bits the second time.
+    A warm compile cache does not count: otherwise the second run of a command could differ in rounding from the first.
     """
     remedy = "install a C++ compiler (Debian: apt install g++ python3-dev)"
     if config.compile == "on" and not _can_compile(context.device):
@@ -139,7 +139,7 @@ def _check_layout(layout: ParallelLayout, context: DistributedContext) -> None:
         problem = f"parallel.strategy: got {strategy} without torchrun, expected auto or none; start with torchrun"
     elif shard_size == 0:
         problem = (
-            "parallel.shard_size: got null with nodes of different numbers of ranks; "
+            "parallel.shard_size: got null, but nodes have different numbers of ranks; "
             "set the number of ranks that share a replica"
         )
     elif world_size % shard_size:

@@ -25,7 +25,7 @@ VOCAB_MULTIPLE = 64
 
 
 class _Architecture(Protocol):
-    """Sizes and costs that follow from the parameter shapes of any architecture."""
+    """Costs that follow from the parameter shapes, the same for all architectures."""
 
     n_layer: int
     n_embd: int
@@ -112,7 +112,7 @@ class GPT2Config(_Architecture):
         return multiples[0] * self.n_embd, multiples[1] * self.n_embd
 
     def cross_field_errors(self) -> Iterator[tuple[str, str]]:
-        """(key, problem) for values that are legal alone and wrong together."""
+        """(key, problem) for values that are individually valid but inconsistent."""
         if self.n_embd % self.n_head:
             divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
             nearest = min(divisors, key=lambda n: abs(n - self.n_head))

@@ -35,7 +35,7 @@ def sdpa(q_BNTH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, mask_BNTS: Tensor | Non
 def matmul_attention(
     q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, mask_BNTS: Tensor | None, p_dropout: float
 ) -> Tensor:
-    """Causal attention with explicit T x T weights: compiled, everything between the two matmuls is one pass.
+    """Causal attention with explicit T x T weights; torch.compile fuses mask and softmax into one pass.
 
     With a mask (padding or a KV cache), the same as `sdpa`.
     """
@@ -43,9 +43,9 @@ def matmul_attention(
         return sdpa(q_BNTH, k_BNTH, v_BNTH, mask_BNTS, p_dropout)
     with autocast_disabled(q_BNTH):
         T, H = q_BNTH.shape[-2:]
-        causal_mask_TT = torch.ones(T, T, dtype=torch.bool, device=q_BNTH.device).triu(1)
+        future_TT = torch.ones(T, T, dtype=torch.bool, device=q_BNTH.device).triu(1)
         scores_BNTT = (q_BNTH / math.sqrt(H)) @ k_BNTH.mT
-        weights_BNTT = scores_BNTT.masked_fill(causal_mask_TT, -math.inf).softmax(-1)
+        weights_BNTT = scores_BNTT.masked_fill(future_TT, -math.inf).softmax(-1)
         return F.dropout(weights_BNTT, p_dropout) @ v_BNTH
 
 

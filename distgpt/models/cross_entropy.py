@@ -31,8 +31,7 @@ MAX_ROW_SUM = 2.0**96
 """exp of a loss of 66 nats. Products with larger exponentials might overflow."""
 
 MIN_ROW_MAJOR_WIDTH = 64
-"""Below this hidden size the weight's gradient is accumulated column by column, where matmuls are faster
-(bench/README.md)."""
+"""Below this hidden size the weight's gradient is stored column-major, for faster matmuls (bench/README.md)."""
 
 
 def full_cross_entropy(x_PD: Tensor, weight_VD: Tensor, targets_P: Tensor, n_vocab: int) -> Tensor:
@@ -55,11 +54,11 @@ def exp_and_row_sum(logits_RV: Tensor, shift_R: Tensor, out_RV: Tensor) -> Tenso
 
 
 class ChunkedCrossEntropy:
-    """`full_cross_entropy` in chunks of positions, each of which yields its loss and its gradients at once.
+    """`full_cross_entropy` in chunks of positions, computing gradients during forward (a fused linear cross-entropy).
 
-    Memory is one chunk of logits instead of P x V; time is three matmuls and one exponential per logit. Computes in the
-    autocast dtype where autocast is on. Sums and the weight's gradient are kept in fp32 (fp64 for fp64 input). The
-    buffers are kept between calls, since touching fresh memory of that size costs page faults.
+    Instead of P x V logits, memory holds two R x V buffers and two V x D gradients of the weight. Time is three matmuls
+    and one exponential per logit. Computes in the autocast dtype if autocast is on. Sums and the weight's gradient are
+    kept in fp32 (fp64 for fp64 input). Buffers are kept between calls, since fresh memory costs page faults.
     """
 
     def __init__(self, compiled: bool = False) -> None:
@@ -74,7 +73,7 @@ class ChunkedCrossEntropy:
             return full_cross_entropy(x_PD, weight_VD, targets_P, n_vocab)
         device_type = x_PD.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x_PD.dtype
-        loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        loss: Tensor = _ChunkedCrossEntropyFunction.apply(  # type: ignore[no-untyped-call]
             x_PD, weight_VD, targets_P, n_vocab, dtype, torch.is_grad_enabled(), self
         )
         return loss
@@ -89,7 +88,7 @@ class ChunkedCrossEntropy:
         return buffers
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _ChunkedCrossEntropyFunction(torch.autograd.Function):
     """Gradients of a summed softmax cross-entropy.
 
     With e = exp(logits - the target's logit), s = sum(e) over the vocabulary, and onehot the target's column, the loss
@@ -114,12 +113,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         matmul_x_PD, matmul_weight_VD = x_PD.to(dtype), weight_VD.to(dtype)
         has_target_P, targets_P = targets_P != IGNORE_INDEX, targets_P.clamp(min=0)
         logits_RV, exp_RV, chunk_dw_VD = workspace.buffers(R, V, D, like=matmul_x_PD)
-        dx_PD, dw_VD = torch.empty_like(x_PD, dtype=sum_dtype), _empty_weight_grad(x_PD, V, D, sum_dtype).zero_()
+        dx_PD = torch.empty_like(x_PD, dtype=sum_dtype)
+        if needs_gradient:
+            dw_VD = _empty_weight_grad(x_PD, V, D, sum_dtype).zero_()
         losses_P = x_PD.new_empty(P, dtype=sum_dtype)
         per_position = (matmul_x_PD, targets_P, has_target_P, losses_P, dx_PD)
         for chunk in zip(*(torch.split(tensor, R) for tensor in per_position), strict=True):
             x_RD, targets_R, has_target_R, losses_R, dx_RD = chunk
-            logits_RV, exp_RV = logits_RV[: len(x_RD)], exp_RV[: len(x_RD)]
+            logits_RV, exp_RV = logits_RV[: len(x_RD)], exp_RV[: len(x_RD)]  # only the last chunk may be smaller
             torch.mm(x_RD, matmul_weight_VD.T, out=logits_RV)
             logits_RV[:, n_vocab:] = -math.inf  # padding rows: probability and gradient exactly 0
             target_logits_R = shift_R = logits_RV.gather(1, targets_R[:, None]).squeeze(1).to(sum_dtype)
@@ -147,7 +148,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _rows_per_chunk(num_positions: int, row_bytes: int) -> int:
-    """Positions per chunk: as many as CHUNK_BYTES holds, in chunks of about equal size."""
+    """Positions per chunk: about as many as CHUNK_BYTES holds, in chunks of equal size."""
     num_chunks = math.ceil(num_positions * row_bytes / CHUNK_BYTES)
     return min(num_positions, math.ceil(num_positions / num_chunks / 64) * 64)
 

@@ -1,6 +1,6 @@
-"""Attention that stays within documents, without a mask: where documents begin in a batch, and attending by document.
+"""Document masking without a mask tensor: where documents begin in a batch, and attention within each of them.
 
-A document begins with its end-of-text token, so that its first word is predicted from that token alone. A sequence that
+The end-of-text token doubles as a beginning-of-text token: it belongs to the document that it precedes. A sequence that
 begins inside a document sees only the rest of that document.
 """
 
@@ -19,7 +19,7 @@ from distgpt.models.attention_kernels import autocast_disabled
 class DocumentIndex(NamedTuple):
     """How the P = B x T positions of a batch are regrouped so that each document becomes a row of its own.
 
-    Documents of similar length share a group: a matrix with one document per row, padded on the right. Under causal
+    Documents are bucketed by length: a group is a matrix with one document per row, padded on the right. Under causal
     attention no real position sees the padding that follows it, so no mask is needed.
     """
 
@@ -63,7 +63,7 @@ def index_documents(ids_BT: Tensor, end_of_text: int) -> DocumentIndex:
     return DocumentIndex(offset_P.view_as(ids_BT), tuple(groups), inverse_P)
 
 
-# Each batch has other shapes: a compiled block calls this between its two graphs.
+# Shapes vary by batch, so this stays eager: a compiled block breaks its graph here.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def document_attention(documents: DocumentIndex, qkv_BTX: Tensor, n_head: int, p_dropout: float) -> Tensor:
     """Causal attention within each document; `qkv_BTX` holds queries, keys and values (X = 3 N H). Returns BTD.

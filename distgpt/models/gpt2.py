@@ -1,7 +1,7 @@
 """`DecoderLM`: GPT-2's decoder in plain PyTorch, for a single device.
 
-Tensor names end in their dimensions, one letter each, everywhere in the project: `B` sequences, `T` positions,
-`S` key positions, `D` hidden size, `N` heads, `H` head size, `F` MLP size, `V` vocabulary.
+Tensors carry their dimensions as a suffix, one letter each: `B` sequences, `T` positions, `S` key positions,
+`D` hidden size, `N` heads, `H` head size, `F` MLP size, `V` vocabulary, `P` all positions of a batch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 def _gelu_sigmoid(x: Tensor) -> Tensor:
-    """tanh-GELU written as x sigmoid(2 u): the same function, faster in compiled code."""
+    """The same function as x sigmoid(2 u), where u is the argument of tanh; faster in compiled code."""
     return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
 
@@ -58,7 +58,10 @@ class Attention(nn.Module):
     def attend(
         self, qkv_BTX: Tensor, mask_BNTS: Tensor | None, cache: KVCache | None, documents: DocumentIndex | None
     ) -> Tensor:
-        """The attention outputs BTD of queries, keys and values (X = 3 N H): what is between the two projections."""
+        """Attention outputs BTD of queries, keys and values (X = 3 N H), between the two projections.
+
+        The block calls the projections itself, so that a graph break for documents falls between them.
+        """
         p_dropout = self.p_dropout if self.training else 0.0
         if self.upcast:
             qkv_BTX = qkv_BTX.float()
@@ -93,7 +96,7 @@ class Block(nn.Module):
         documents: DocumentIndex | None = None,
     ) -> Tensor:
         qkv_BTX = self.attention.qkv(self.attention_norm(x_BTD))
-        y_BTD = self.attention.attend(qkv_BTX, mask_BNTS, cache, documents)  # over documents, compiled code breaks here
+        y_BTD = self.attention.attend(qkv_BTX, mask_BNTS, cache, documents)  # with documents, the graph breaks here
         x_BTD = x_BTD + self.dropout(self.attention.out(y_BTD))
         h_BTF = self.gelu(self.mlp_up(self.mlp_norm(x_BTD)))
         x_BTD = x_BTD + self.dropout(self.mlp_down(h_BTF))
@@ -145,7 +148,7 @@ class DecoderLM(LanguageModel):
             documents = documents or index_documents(ids_BT.cpu(), self.end_of_text).to(ids_BT.device)
             positions_BT = documents.positions_BT
         else:
-            positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+            positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
         x_BTD = self.dropout(self.token_embedding(ids_BT) + self.position_embedding(positions_BT))
         for block in self.blocks:
             x_BTD = block(x_BTD, mask_BNTS, cache, documents)
@@ -155,6 +158,6 @@ class DecoderLM(LanguageModel):
         return output
 
     def initial_std(self, name: str) -> float:
-        """0.02, or 0.02 / sqrt(2 n_layer) where it writes to the residual stream (Radford et al. 2019, section 2.3)."""
+        """0.02 (Radford et al. 2018), divided by sqrt(2 n_layer) for residual projections (2019, section 2.3)."""
         writes_residual = name.endswith(("attention.out.weight", "mlp_down.weight"))
         return 0.02 / math.sqrt(2 * len(self.blocks)) if writes_residual else 0.02

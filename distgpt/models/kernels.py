@@ -1,12 +1,14 @@
-"""Which implementation of attention, GELU and cross-entropy a model runs: chosen once, by name, before it is built."""
+"""Which implementation of attention, GELU and cross-entropy a model runs: chosen by name before it is built."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-MIN_SDPA_BF16_HEAD_SIZE, MAX_MATMUL_ATTENTION_SEQ_LEN = 32, 512
-"""On the CPU in bf16, smaller heads are faster in fp32, and up to this length larger ones are faster as two matmuls if
-compiled (bench/README.md)."""
+MIN_SDPA_BF16_HEAD_SIZE = 32
+"""On the CPU, SDPA with smaller heads is faster in fp32 than in bf16 (bench/README.md)."""
+
+MAX_MATMUL_ATTENTION_SEQ_LEN = 512
+"""On the CPU in bf16, compiled matmul attention is faster than SDPA up to this length (bench/README.md)."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ def resolve_kernels(
 ) -> Kernels:
     """The fastest implementations for a device, a precision, and what is compiled.
 
-    `blocks_compiled` tells about the transformer blocks; `compiled` about everything else that can be.
+    `blocks_compiled`: the blocks are compiled. `compiled`: the chunked cross-entropy is.
     """
     if device_type != "cpu":
         return Kernels(gelu="sigmoid" if blocks_compiled else "tanh")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from abc import abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -19,8 +18,8 @@ TOKEN_EMBEDDING = "token_embedding.weight"
 class LanguageModel(nn.Module):
     """A decoder language model for a single device.
 
-    A subclass calls `__init__` with its parameter shapes, then creates the modules below, whose parameters have these
-    shapes and no buffers beside them, and last calls `load_initial_weights`.
+    A subclass calls `__init__` with its parameter shapes, then creates the modules below with parameters of these
+    shapes and without buffers, and finally calls `load_initial_weights`.
     """
 
     token_embedding: nn.Embedding
@@ -44,7 +43,6 @@ class LanguageModel(nn.Module):
         """The shape of every parameter by its canonical name, which wrapping and sharding do not change."""
         self.n_vocab, self.n_positions, self.seed, self.end_of_text = n_vocab, n_positions, seed, end_of_text
 
-    @abstractmethod
     def forward(
         self,
         ids_BT: Tensor,
@@ -56,17 +54,18 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """Logits BTV (fp32 outside autocast); with `targets` BT, the summed loss, so that no logits are returned.
 
-        `attention_mask` BS (1 for tokens, 0 for left padding) covers cached positions too; positions count tokens only.
-        `documents` index `ids_BT` where attention stays within documents; computed here if absent, which waits for the
-        device.
+        `attention_mask` BS (1 for tokens, 0 for left padding) covers cached positions too. Padding does not advance
+        positions. `documents` index `ids_BT` where attention stays within documents; computed here if absent, which
+        synchronizes with the device.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def initial_std(self, name: str) -> float:
         """Standard deviation of the normal distribution that a matrix or embedding is drawn from."""
+        raise NotImplementedError
 
     def parameter_role(self, name: str) -> str:
-        """`matrix`, `embedding` or `vector` (norms and biases): optimizers treat these differently."""
+        """`matrix`, `embedding` or `vector` (norms and biases). AdamW decays all but vectors."""
         if name.endswith("bias") or "norm" in name:
             return "vector"
         return "embedding" if "embedding" in name else "matrix"

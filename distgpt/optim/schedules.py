@@ -21,12 +21,12 @@ class Schedule:
     min_lr: float
     num_warmup_steps: int
     num_decay_steps: int
-    """The horizon: the step from which the rate stays at its final value."""
+    """The step at which the schedule ends, warm-up included; from there on the rate stays at its final value."""
     decay_fraction: float = 0.2
-    """Share of `num_decay_steps` at their end in which `wsd` decays."""
+    """Share of the schedule that `wsd` spends decaying, at its end."""
 
     def progress(self, step: int) -> float:
-        """Share of the steps between the warm-up and the horizon that are done, from 0 to 1."""
+        """Share of the steps between the warm-up and the end of the schedule that are done, from 0 to 1."""
         num_steps = self.num_decay_steps - self.num_warmup_steps
         return 1.0 if step >= self.num_decay_steps else (step - self.num_warmup_steps) / num_steps
 
@@ -45,7 +45,7 @@ def _linear(step: int, schedule: Schedule) -> float:
 
 
 def _wsd(step: int, schedule: Schedule) -> float:
-    """Warm-up, stable, decay (Hu et al. 2024, MiniCPM, section 4): `max_lr`, then a straight line to `min_lr`."""
+    """Warm-up, stable, decay (Hu et al. 2024, MiniCPM, section 4), here with a linear decay to `min_lr`."""
     num_steps = round(schedule.decay_fraction * schedule.num_decay_steps)
     start = max(schedule.num_warmup_steps, schedule.num_decay_steps - num_steps)
     if step < start:
@@ -61,7 +61,7 @@ def _interpolate(schedule: Schedule, progress: float) -> float:
 
 
 def _constant(step: int, schedule: Schedule) -> float:
-    """`max_lr` throughout; `min_lr` and the horizon have no effect."""
+    """`max_lr` throughout; `min_lr` and `num_decay_steps` have no effect."""
     return schedule.max_lr
 
 

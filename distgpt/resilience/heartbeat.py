@@ -18,7 +18,7 @@ class HeartbeatStore:
     """
 
     def __init__(self, context: DistributedContext) -> None:
-        """Connect and publish a first text. Every rank calls."""
+        """Connect and publish a first text. All ranks must call."""
         self._store = HashStore() if context.world_size == 1 else connect_store("heartbeats")
         self._keys = [f"rank {rank}" for rank in range(context.world_size)]
         self._rank = context.rank
@@ -52,12 +52,12 @@ class AsyncMax:
     """
 
     def __init__(self, world_size: int) -> None:
-        """Create the group. Every rank calls."""
+        """Create the group. All ranks must call."""
         self._group = dist.new_group(backend="gloo") if world_size > 1 else None
         self._pending: tuple[dist.Work, Tensor] | None = None
 
     def __call__(self, number: int) -> int:
-        """Exchange `number` (0 or more) and return the previous maximum, 0 at first. Every rank calls equally often.
+        """Exchange `number` (0 or more) and return the previous maximum, 0 at first. All ranks must call equally often.
 
         A single process gets its own number back at once.
         """

@@ -112,7 +112,7 @@ class Watchdog:
         return self._lock.waited
 
     def start_training(self, step: int) -> None:
-        """Note that the set-up is complete and that training starts after `step` updates. Every rank calls."""
+        """Note that the set-up is complete and that training starts after `step` updates. All ranks must call."""
         self._training = True
         self.raise_if_stop_requested(step)
 
@@ -121,7 +121,7 @@ class Watchdog:
         self._last_progress = self._num_beats
 
     def raise_if_stop_requested(self, step: int) -> None:
-        """Raise StopRequested if any rank was asked to stop: on all ranks, at the same call. Every rank calls.
+        """Raise StopRequested if any rank was asked to stop: on all ranks, at the same call. All ranks must call.
 
         `step` is the number of updates made so far. Counts as progress.
         """

@@ -24,7 +24,7 @@ PACKAGE = Path(__file__).parent.parent
 
 
 def platform_facts(context: DistributedContext) -> dict[str, Any]:
-    """Settings that affect the last bits of a result, besides the run itself. Checkpoints record them."""
+    """The environment that bitwise results depend on, besides the config. Checkpoints record it."""
     return {
         "torch": torch.__version__,
         "device": device_name(context.device),
@@ -49,13 +49,13 @@ def software_versions() -> dict[str, str]:
 def format_run_header(
     config: Config, inputs: RunInputs, runtime: RuntimeConfig, plan: BatchPlan, context: DistributedContext
 ) -> str:
-    """What is about to run, for people: model, tokens, batch, steps, device, kernels, output, and notes."""
+    """A human-readable description of the run: model, tokens, batch, steps, device, kernels, output, and notes."""
     model, dataset, n_vocab = config.model_config, inputs.dataset, inputs.tokenizer.n_vocab
     steps, tokens_per_step = config.num_training_steps, config.tokens_per_step
     epochs = steps * plan.sequences / len(dataset.train_windows(config.seq_len, n_vocab))
     flops = steps * tokens_per_step * model.flops_per_token(n_vocab, config.seq_len)
     threads = pluralize(context.num_threads, "thread") if context.device.type == "cpu" else ""
-    compiled = "compiled" if runtime.compile else "not compiled"
+    compiled = "compiled" if runtime.compiles_blocks(config.mask_documents) else "not compiled"
     device = (threads, runtime.layout.describe(), runtime.precision, compiled, f"torch {torch.__version__}")
     lines = {
         "model": f"{model.model_type}, {pluralize(model.n_layer, 'layer')}, {pluralize(model.n_head, 'head')}, "
@@ -84,4 +84,4 @@ def _reproducibility_warnings(resume: Checkpoint | None, context: DistributedCon
         f"{name} {value} (was {saved[name]})" for name, value in current.items() if saved.get(name, value) != value
     ]
     if changed:
-        yield f"the same run up to rounding, not bit for bit: {', '.join(changed)}"
+        yield f"results will not be bit-identical to an uninterrupted run: {', '.join(changed)}"

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: the parts of a training run that a resume needs, each with torch's `Stateful` protocol.
+"""What a checkpoint holds: the parts of a run that a resume needs, each implementing torch's `Stateful` protocol.
 
 To add something to checkpoints, write a `Stateful` class and add one field to `TrainState`. Its `state_dict()` is flat:
 tensors are stored in the safetensors files as "part.key", everything else (which must be valid JSON) in `state.json`.
@@ -36,7 +36,7 @@ class ModelState(Stateful):
         return get_model_state_dict(self.module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Set every weight. Every rank calls."""
+        """Set every weight. All ranks must call."""
         set_model_state_dict(self.module, state_dict)
 
 
@@ -55,7 +55,7 @@ class OptimizerState(Stateful):
         return {name: value for name, value in self._flat().items() if isinstance(value, Tensor)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Set every tensor; the settings stay as they are. Every rank calls."""
+        """Set every tensor; the settings stay as they are. All ranks must call."""
         set_optimizer_state_dict(self.module, self.optimizer, self._flat() | state_dict, options=_FLAT)
 
     def _flat(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class Progress(Stateful):
     """Counters and the last validation loss of a run."""
 
     skipped: Tensor
-    """Updates skipped because the gradient was not finite: [in all, in a row until now]. fp32, on the run's device."""
+    """Updates skipped because the gradient was not finite: [total, consecutive]. fp32, on the run's device."""
     val_loss: float | None = None
     """Of the weights as they are now; None if they were not evaluated."""
 
@@ -129,11 +129,11 @@ class TrainState(Stateful):
     progress: Progress
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """{part: {key: value}}. Every rank calls."""
+        """{part: {key: value}}. All ranks must call."""
         return {field.name: getattr(self, field.name).state_dict() for field in dataclasses.fields(self)}
 
     def load_state_dict(self, state_dict: dict[str, dict[str, Any]]) -> None:
-        """Load the parts that are given; the others stay as they are. Every rank calls."""
+        """Load the parts that are given; the others stay as they are. All ranks must call."""
         for field in dataclasses.fields(self):
             if field.name in state_dict:
                 getattr(self, field.name).load_state_dict(state_dict[field.name])

@@ -20,7 +20,7 @@ from distgpt.models.cross_entropy import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What stays the same in every step of a run."""
+    """Constants of a run's steps."""
 
     num_targets: int
     """Target tokens of one update over all ranks and micro-steps."""
@@ -47,7 +47,7 @@ class StepResult:
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: Sequence[Batch], settings: StepSettings
 ) -> StepResult:
-    """Update the weights with the gradient of the mean loss over all targets of the step. Every rank calls.
+    """Update the weights with the gradient of the mean loss over all targets of the step. All ranks must call.
 
     Each micro-step's summed loss is divided by the step's global number of targets, so that neither accumulation nor
     uneven ranks weigh a token differently. DDP and FSDP average over ranks; multiplying by their number cancels that.
@@ -62,7 +62,7 @@ def train_step(
         losses.append(loss.detach())
     grad_norm = clip_gradients(model, settings.max_grad_norm)
     skipped = (~grad_norm.isfinite()).float()
-    update_unless(skipped, optimizer)
+    step_unless(skipped, optimizer)
     return StepResult(torch.stack(losses).sum(), grad_norm, skipped)
 
 
@@ -85,7 +85,7 @@ def gradient_sync(model: nn.Module, runtime: RuntimeConfig, is_last: bool) -> It
 
 @torch.no_grad()
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradient down to `max_norm` if it is longer; returns its global norm, the same on every rank."""
+    """Scale the gradient down if its norm exceeds `max_norm`; returns the global norm, the same on every rank."""
     parameters = list(model.parameters())
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if isinstance(norm, DTensor):  # a partial norm, of this rank's shards
@@ -94,7 +94,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     return norm
 
 
-def update_unless(skipped: Tensor, optimizer: torch.optim.Optimizer) -> None:
+def step_unless(skipped: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """Update the weights unless `skipped` is 1, under any optimizer.
 
     Optimizers that support torch's `found_inf` protocol (fused AdamW) decide on the device. For all others, and on
@@ -108,10 +108,10 @@ def update_unless(skipped: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 
 def warm_up(model: nn.Module, micro_batches: Sequence[Batch], runtime: RuntimeConfig) -> None:
-    """Run a step's first and last micro-batch without targets, so that all gradients are zero. Every rank calls.
+    """Run a step's first and last micro-batch without targets, so that all gradients are zero. All ranks must call.
 
-    This compiles before the clock starts. It also lets DDP rebuild its gradient buckets, which it does after its first
-    backward: otherwise a resumed run's first update would reduce gradients in another order than the original run.
+    This keeps compilation out of the measured speed. It also lets DDP rebuild its gradient buckets, which it does after
+    its first backward: otherwise a resumed run's first update would reduce gradients in another order than before.
     """
     ends = [micro_batches[0], micro_batches[-1]] if len(micro_batches) > 1 else [micro_batches[0]]
     for index, batch in enumerate(ends):
