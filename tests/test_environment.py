@@ -157,7 +157,8 @@ def test_other_threads_and_another_torch_are_reported_and_the_run_resumes(
     capsys.readouterr()
     start(config_file, *LONGER)
     torch_version = checkpoint.state["run"]["platform"]["torch"]
-    note = f"note    results will not be bit-identical to an uninterrupted run: torch 2.99.0 (was {torch_version}), threads 2 (was 1)\n"
+    changes = f"torch 2.99.0 (was {torch_version}), threads 2 (was 1)"
+    note = f"note    results will not be bit-identical to an uninterrupted run: {changes}\n"
     assert note in capsys.readouterr().out
     assert len(training_curve(tmp_path / "run")) == 16
 

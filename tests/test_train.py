@@ -313,7 +313,7 @@ def test_a_finished_run_is_extended_on_the_schedule_it_had(
 def test_extending_a_run_never_stretches_its_schedule_silently(config_file: Path, tmp_path: Path) -> None:
     start(config_file)
     before = contents(tmp_path)
-    message = r"num_training_steps: .*2.5e-04.*1.0e-04.*lr_decay_steps=12"
+    message = r"num_training_steps: got 24, .* from 1\.0e-04 to 6\.1e-04; set lr_decay_steps=12 "
     with pytest.raises(ConfigError, match=message):
         start(config_file, "num_training_steps=24")
     assert contents(tmp_path) == before
@@ -375,7 +375,7 @@ def test_a_run_starts_from_a_finished_runs_weights(
     sharded = (f"output_dir={tmp_path / 'sharded'}", "parallel.strategy=fsdp", *arguments)
     assert run("train", config_file, *PLAIN, *sharded, ranks=3).returncode == 0
     assert (tmp_path / "sharded" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
-    with pytest.raises(CheckpointError, match=r"model_config\.n_embd: got 64, but .*run has 32; use its"):
+    with pytest.raises(CheckpointError, match=r"model_config\.n_embd: got 64, but .*run has 32; use the same"):
         start(config_file, f"output_dir={tmp_path / 'other'}", "model_config.n_embd=64", *arguments)
     with pytest.raises(CheckpointError, match="holds no trained model"):
         start(config_file, f"output_dir={tmp_path / 'other'}", "--from", str(tmp_path))

@@ -79,7 +79,7 @@ def format_run_header(
 
 def _reproducibility_warnings(resume: Checkpoint | None, context: DistributedContext) -> Iterator[str]:
     """Why a resumed run will not be bit-identical to an uninterrupted one, if it will not."""
-    current, saved = platform_facts(context), resume.state["run"]["platform"] if resume else {}
+    current, saved = platform_facts(context), resume.state["run"].get("platform", {}) if resume else {}
     changed = [
         f"{name} {value} (was {saved[name]})" for name, value in current.items() if saved.get(name, value) != value
     ]
