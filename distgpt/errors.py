@@ -1,7 +1,7 @@
 """Errors that a user can cause or fix, their exit codes, and how commands report them: one line per problem.
 
 Exit codes: 0 done, 1 a bug in distgpt, 2 config, 3 data, 4 checkpoint, 5 numerics, 6 environment, 93 crash loop,
-130 interrupted. `resilience.watchdog` adds 75 (stopped, everything saved) and 76 (another process was lost).
+130 interrupted. `resilience.signals` adds 75 (stopped, everything saved), 76 (another process was lost), 128 + n (second signal n).
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def explain_error(error: BaseException) -> tuple[int, str] | None:
     out_of_memory = isinstance(error, RuntimeError) and any(marker in str(error) for marker in oom_markers)
     if isinstance(error, MemoryError) or out_of_memory:
         reason = (str(error).splitlines() or ["out of memory"])[0]
-        text = f"{reason}; lower batch_size (the result stays the same) or the size of the model"
+        text = f"{reason}; lower batch_size (keeping global_batch_size) or the size of the model"
         return RuntimeEnvironmentError.exit_code, text
     return None
 

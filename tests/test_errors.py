@@ -114,7 +114,7 @@ def test_errors_that_users_can_fix_are_explained() -> None:
     assert (code, text) == (6, "a: No such file or directory; fix this and run the same command again")
     for error in (MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate\nmore")):
         code, text = explain_error(error) or (0, "")
-        assert code == RuntimeEnvironmentError.exit_code and "lower batch_size (the result stays the same)" in text
+        assert code == RuntimeEnvironmentError.exit_code and "lower batch_size (keeping global_batch_size)" in text
         assert "\n" not in text
     assert explain_error(RuntimeError("shape mismatch")) is None
     assert issubclass(RuntimeEnvironmentError, UserError)

@@ -262,7 +262,7 @@ def test_running_out_of_memory_in_a_step_ends_with_a_hint(begin: Any) -> None:
     run = begin(1, *PLAIN, fault="training.step.train_step:oom:0:6")
     assert run.process.wait(60) == 6
     assert run.lines() == [
-        "distgpt: error: injected; lower batch_size (the result stays the same) or the size of the model",
+        "distgpt: error: injected; lower batch_size (keeping global_batch_size) or the size of the model",
     ]
     assert run.newest_step() == 4 and run.status()["step"] == 5
 

@@ -108,7 +108,7 @@ class Config:
     )
     """auto (a GPU if there is one), cpu, cuda, cuda:N or mps."""
     batch_size: Size = Field(json_schema_extra=MUTABLE)
-    """Largest micro-batch of one rank, in sequences. It affects memory, not results."""
+    """Most sequences in one forward pass of one rank; without global_batch_size, also sets the sequences per update."""
     seq_len: Size
     """Tokens in a training sequence; at most n_positions."""
     grad_accumulation_steps: Size = Field(default=1, json_schema_extra=MUTABLE)
