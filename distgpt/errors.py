@@ -1,7 +1,8 @@
 """Errors that a user can cause or fix, their exit codes, and how commands report them: one line per problem.
 
 Exit codes: 0 done, 1 a bug in distgpt, 2 config, 3 data, 4 checkpoint, 5 numerics, 6 environment, 93 crash loop,
-130 interrupted. `resilience.signals` adds 75 (stopped, everything saved), 76 (another process was lost), 128 + n (second signal n).
+130 interrupted. `resilience.signals` adds 75 (stopped, everything saved), 76 (another process was lost) and 128 + n
+(a second signal n).
 """
 
 from __future__ import annotations
