@@ -40,7 +40,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # wi
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A training state that nothing changes any more, ready to be written."""
+    """A copy of a training state on the CPU, ready to be written."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -197,7 +197,7 @@ def _write_and_commit(
 
 
 def _failure_reason(error: CheckpointException | CheckpointError | RuntimeEnvironmentError) -> str:
-    """Why a save failed, with the ranks other than 0. Raises the original error if it is a bug of distgpt."""
+    """Why a save failed; causes on other ranks start with "rank N: ". Raises the original error if it is a bug."""
     if not isinstance(error, CheckpointException):
         return str(error)
     causes = {rank: wrapped[0] for rank, wrapped in error.failures.items()}
@@ -210,7 +210,7 @@ def _failure_reason(error: CheckpointException | CheckpointError | RuntimeEnviro
 def assign_files(tensors: dict[str, Tensor]) -> dict[str, int]:
     """The number, from 1, of the file that each tensor is stored in.
 
-    A file is put together in memory before it is written, so that its size must be limited.
+    A file is put together in memory before it is written, so its size must be limited.
     """
     file_numbers, num_bytes = {}, 0
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: create, commit, find, verify and prune. A checkpoint exists completely under its name or not.
+"""Checkpoints on disk: create, commit, find, verify and prune. A checkpoint is complete under its name or absent.
 
 A checkpoint is a folder `checkpoints/step-00000250`. It holds safetensors files (written and read by `saver`),
 `state.json` for everything that is not a tensor, and `manifest.json` with the size and sha256 of every other file.
@@ -202,7 +202,7 @@ def remove_all(output_dir: Path) -> None:
 
 
 def to_json(value: dict[str, Any]) -> str:
-    """The only text accepted for a manifest of this content: any other text means damage."""
+    """Canonical JSON: `verify` serializes a manifest again and rejects any difference in bytes."""
     return json.dumps(value, indent=2)
 
 

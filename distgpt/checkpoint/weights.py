@@ -90,7 +90,7 @@ def read_run(path: Path) -> tuple[Config, Tokenizer]:
 
 
 def iter_weights(path: Path, model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
-    """(canonical name, values) of each parameter, from a finished run or a checkpoint, read one at a time.
+    """(canonical name, values) of each parameter, from a finished run or a checkpoint, yielded one at a time.
 
     Only names and shapes are taken from `model`. Raises CheckpointError naming the first tensors that do not fit.
     """

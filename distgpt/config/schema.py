@@ -128,7 +128,7 @@ class Config:
     lr_schedule: ScheduleName = "cosine"
     """Shape of the learning rate after the warm-up; wsd: max_lr, then a linear decay; constant: always max_lr."""
     lr_decay_steps: Steps | None = Field(default=None, json_schema_extra=MUTABLE)
-    """Step at which the learning rate reaches min_lr, to stay there; null: num_training_steps."""
+    """Step at which the learning rate reaches min_lr and stays there; null: num_training_steps."""
     lr_decay_fraction: Annotated[float, Strict(), Field(gt=0, le=1)] = Field(default=0.2, json_schema_extra=MUTABLE)
     """wsd: share of lr_decay_steps, at their end, in which the learning rate decays."""
     optimizer: OptimizerConfig = Field(default_factory=AdamWConfig)
@@ -154,7 +154,7 @@ class Config:
     )
     """Time limit, after which the run saves a checkpoint and stops, as after a signal; the same command resumes it."""
     hang_minutes: Annotated[float, Strict(), Field(gt=0, le=10**6)] = Field(default=15.0, json_schema_extra=MUTABLE)
-    """A run without a finished step or validation batch for this long counts as hung and ends; compilation counts."""
+    """A run without a finished step or validation batch for this long counts as hung and ends, also while compiling."""
     wandb: Literal["auto", "online", "offline", "disabled"] = Field(default="auto", json_schema_extra=MUTABLE)
     """Weights & Biases; auto: online if you are logged in, else disabled."""
     tensorboard: Annotated[bool, Strict()] = Field(default=False, json_schema_extra=MUTABLE)

@@ -1,4 +1,4 @@
-"""How ranks learn about each other outside of the training collectives: heartbeats, stop requests, and an agreement."""
+"""How ranks learn about each other outside of the training collectives: heartbeats, stop requests, a vote on them."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ REPEAT_SECONDS = 0.5
 """torchrun forwards to its ranks what a terminal has already sent them: within this time it is the same signal."""
 
 POLL_SECONDS = 0.5
-"""Time between looks at the launcher."""
+"""Interval for polling the launcher."""
 
 received_signals: list[tuple[float, str]] = []
 """Signals received so far: the time (monotonic) and name of each."""

@@ -32,7 +32,7 @@ LOST_BEATS = 8
 error on this rank, a signal (torchrun sends one to all ranks when one has died), or a hang."""
 
 ABORT_SECONDS = 20
-"""Time that a process which aborts has to write its status."""
+"""After this time an aborting process is ended even if it is still writing its status."""
 
 FAILED, LEAVING = "failed:", "leaving"
 """Published instead of further heartbeats by a rank that exits: with an error of its own, or for another reason."""
@@ -45,7 +45,7 @@ class StopRequested(Exception):  # noqa: N818 - it is not an error
 
 
 class Watchdog:
-    """Watches a run on this rank, from a thread, while the context is open. Every rank opens one.
+    """Watches a run on this rank, from a thread, inside its `with` block. Every rank opens one.
 
     The thread publishes heartbeats and ends this process where the run cannot continue: torchrun or a rank is lost, or
     nothing makes progress.

@@ -86,7 +86,7 @@ class RunFacts(Stateful):
         return dataclasses.asdict(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the run id. The other fields describe the current process and stay as they are."""
+        """Restore the run id. The other fields describe the current process and stay as they are."""
         self.run_id = state_dict.get("run_id") or self.run_id
 
 
@@ -121,7 +121,7 @@ class Progress(Stateful):
 
 @dataclass
 class TrainState(Stateful):
-    """All parts of a checkpoint. Each field is one part, and its name the first component of what the part stores."""
+    """All parts of a checkpoint. Each field is one part, and its name prefixes the names of the part's tensors."""
 
     model: ModelState
     optimizer: OptimizerState
